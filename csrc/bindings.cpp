@@ -1,0 +1,70 @@
+// The Python module `fastft_kernels._C`. Only this file knows Python, and no file knows torch: tensors arrive as
+// addresses with sizes, strides and a dtype code. The callers in kernels/fastft_kernels/cpp check what they pass.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "common/dtype.h"
+#include "common/isa.h"
+#include "cpu/rms_norm.h"
+
+namespace py = pybind11;
+using namespace fastft;
+
+namespace {
+
+// How a C++ argument arrives from Python: pointers and enumerations as integers.
+template <class T>
+using FromPython =
+    std::conditional_t<std::is_pointer_v<T>, std::uintptr_t, std::conditional_t<std::is_enum_v<T>, int, T>>;
+
+template <class T>
+T from_python(FromPython<T> value) {
+  if constexpr (std::is_pointer_v<T>)
+    return reinterpret_cast<T>(value);
+  else
+    return static_cast<T>(value);
+}
+
+// Registers `function` under `name`; the interpreter lock is released while it runs.
+template <class... Args>
+void define(py::module_& module, const char* name, void (*function)(Args...)) {
+  module.def(
+      name, [function](FromPython<Args>... args) { function(from_python<Args>(args)...); },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+py::list supported_isas() {
+  py::list names;
+  for (int i = 0; i <= static_cast<int>(best_isa()); ++i) names.append(kIsaNames[i]);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  for (int i = 0; i <= static_cast<int>(best_isa()); ++i) {
+    if (name == kIsaNames[i]) {
+      active_isa() = static_cast<Isa>(i);
+      return;
+    }
+  }
+  throw std::invalid_argument("instruction set '" + name + "' is not supported by this CPU; see isas()");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.def("isas", supported_isas, "Names of the instruction sets this CPU can run, weakest first.");
+  module.def("isa", [] { return kIsaNames[static_cast<int>(active_isa())]; }, "The instruction set in use.");
+  module.def("set_isa", set_isa, "Uses a weaker instruction set from now on: for tests.");
+
+  py::dict dtypes;
+  for (int i = 0; i < 3; ++i) dtypes[kDTypeNames[i]] = i;
+  module.attr("dtypes") = dtypes;
+
+  define(module, "rms_norm_forward", rms_norm_forward);
+  define(module, "rms_norm_backward", rms_norm_backward);
+}

@@ -1,0 +1,183 @@
+// RMSNorm on the CPU. The equations are in kernels/fastft_kernels/reference/rms_norm.py.
+//
+// A row is read from memory once: its second pass finds it in the first or second level cache.
+#include "cpu/rms_norm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "common/lanes.h"
+#include "common/parallel.h"
+
+namespace fastft {
+namespace {
+
+// offset + weight, in float: read once per row, so it is widened once per call.
+std::vector<float> scale_of(const void* weight, DType dtype, int64_t cols, float offset) {
+  std::vector<float> scale(cols);
+  with_type(dtype, [&](auto type) {
+    const auto* values = static_cast<const typename decltype(type)::type*>(weight);
+    for (int64_t j = 0; j < cols; ++j) scale[j] = offset + widen(values[j]);
+  });
+  return scale;
+}
+
+// RoundFirst: the normalised row is rounded to T before the weight multiplies it (Llama), else only after (Gemma).
+template <class T, bool RoundFirst>
+struct Forward {
+  const T* x;
+  int64_t x_stride;
+  const T* residual;
+  int64_t residual_stride;
+  const float* scale;
+  T* y;
+  T* h;
+  float* rstd;
+  int64_t cols;
+  float eps;
+
+  FASTFT_INLINE void operator()(int64_t begin, int64_t end) const {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* in = x + row * x_stride;
+      if (residual != nullptr) in = add(in, residual + row * residual_stride, h + row * cols);
+      const float sum = lane_sum(cols, [in](int64_t j) { return widen(in[j]) * widen(in[j]); });
+      rstd[row] = 1.0f / std::sqrt(sum / static_cast<float>(cols) + eps);
+      normalise(in, rstd[row], y + row * cols);
+    }
+  }
+
+  FASTFT_INLINE const T* add(const T* a, const T* b, T* sum) const {
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) narrow(widen(a[j]) + widen(b[j]), sum[j]);
+    return sum;
+  }
+
+  FASTFT_INLINE void normalise(const T* in, float r, T* out) const {
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) {
+      const float normalised = widen(in[j]) * r;
+      narrow((RoundFirst ? rounded<T>(normalised) : normalised) * scale[j], out[j]);
+    }
+  }
+};
+
+// dx, and per chunk of rows the float sum of dy * h * rstd, from which dweight is added up.
+template <class T>
+struct Backward {
+  const T* dy;
+  int64_t dy_stride;
+  const T* dh;
+  int64_t dh_stride;
+  const T* h;
+  int64_t h_stride;
+  const float* scale;
+  const float* rstd;
+  T* dx;
+  float* partial;
+  int64_t rows;
+  int64_t cols;
+  int64_t rows_per_chunk;
+
+  FASTFT_INLINE void operator()(int64_t begin, int64_t end) const {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t last = std::min(rows, (chunk + 1) * rows_per_chunk);
+      for (int64_t row = chunk * rows_per_chunk; row < last; ++row) {
+        const T* g = dy + row * dy_stride;
+        const T* in = h + row * h_stride;
+        const float* s = scale;
+        const float dot = lane_sum(cols, [=](int64_t j) { return widen(g[j]) * s[j] * widen(in[j]); });
+        input_gradient(g, in, row, dot);
+        if (partial != nullptr) add_weight_gradient(g, in, rstd[row], partial + chunk * cols);
+      }
+    }
+  }
+
+  FASTFT_INLINE void input_gradient(const T* g, const T* in, int64_t row, float dot) const {
+    const float r = rstd[row];
+    const float back = dot / static_cast<float>(cols) * r * r;
+    T* out = dx + row * cols;
+    if (dh == nullptr) {
+#pragma omp simd
+      for (int64_t j = 0; j < cols; ++j) narrow(r * (widen(g[j]) * scale[j] - widen(in[j]) * back), out[j]);
+    } else {
+      const T* through = dh + row * dh_stride;
+#pragma omp simd
+      for (int64_t j = 0; j < cols; ++j)
+        narrow(r * (widen(g[j]) * scale[j] - widen(in[j]) * back) + widen(through[j]), out[j]);
+    }
+  }
+
+  FASTFT_INLINE void add_weight_gradient(const T* g, const T* in, float r, float* sum) const {
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) sum[j] += widen(g[j]) * (widen(in[j]) * r);
+  }
+};
+
+// dweight[j] = the sum of the chunks' partial sums, in chunk order.
+template <class W>
+struct ReduceChunks {
+  const float* partial;
+  W* dweight;
+  int64_t chunks;
+  int64_t cols;
+
+  FASTFT_INLINE void operator()(int64_t begin, int64_t end) const {
+    constexpr int64_t kBlock = 64;
+    for (int64_t first = begin; first < end; first += kBlock) {
+      const int64_t width = std::min(kBlock, end - first);
+      float sum[kBlock] = {};
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const float* from = partial + chunk * cols + first;
+#pragma omp simd
+        for (int64_t j = 0; j < width; ++j) sum[j] += from[j];
+      }
+      for (int64_t j = 0; j < width; ++j) narrow(sum[j], dweight[first + j]);
+    }
+  }
+};
+
+}  // namespace
+
+void rms_norm_forward(const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
+                      const void* weight, void* y, void* h, float* rstd, int64_t rows, int64_t cols, float eps,
+                      float offset, DType dtype, DType weight_dtype, int threads) {
+  const std::vector<float> scale = scale_of(weight, weight_dtype, cols, offset);
+  with_type(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto run = [&](auto body) { parallel_for(rows, rows * cols, threads, body); };
+    const T* in = static_cast<const T*>(x);
+    const T* add = static_cast<const T*>(residual);
+    T* out = static_cast<T*>(y);
+    T* sum = static_cast<T*>(h);
+    if (offset == 0.0f)
+      run(Forward<T, true>{in, x_stride, add, residual_stride, scale.data(), out, sum, rstd, cols, eps});
+    else
+      run(Forward<T, false>{in, x_stride, add, residual_stride, scale.data(), out, sum, rstd, cols, eps});
+  });
+}
+
+void rms_norm_backward(const void* dy, int64_t dy_stride, const void* dh, int64_t dh_stride, const void* h,
+                       int64_t h_stride, const void* weight, const float* rstd, void* dx, void* dweight, int64_t rows,
+                       int64_t cols, float offset, DType dtype, DType weight_dtype, int threads) {
+  constexpr int64_t kMinRows = 16, kMaxChunks = 256;
+  const int64_t rows_per_chunk = std::max(kMinRows, (rows + kMaxChunks - 1) / kMaxChunks);
+  const int64_t chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
+  const std::vector<float> scale = scale_of(weight, weight_dtype, cols, offset);
+  std::vector<float> partial(dweight != nullptr ? chunks * cols : 0);
+  with_type(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    parallel_for(chunks, rows * cols, threads,
+                 Backward<T>{static_cast<const T*>(dy), dy_stride, static_cast<const T*>(dh), dh_stride,
+                             static_cast<const T*>(h), h_stride, scale.data(), rstd, static_cast<T*>(dx),
+                             dweight != nullptr ? partial.data() : nullptr, rows, cols, rows_per_chunk});
+  });
+  if (dweight == nullptr) return;
+  with_type(weight_dtype, [&](auto type) {
+    using W = typename decltype(type)::type;
+    parallel_for(cols, chunks * cols, threads,
+                 ReduceChunks<W>{partial.data(), static_cast<W*>(dweight), chunks, cols});
+  });
+}
+
+}  // namespace fastft

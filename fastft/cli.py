@@ -1,0 +1,181 @@
+"""The `fastft` command: train, predict, eval, merge and doctor.
+
+A command imports what is heavy only after it has checked its arguments, so that help and typing errors are answered at
+once. Exit codes: 0 when all was done, 2 for input that cannot be used, 1 for anything else that failed.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+from pathlib import Path
+
+from fastft import __version__
+from fastft.arguments import Arguments, build_parser, parse_arguments
+from fastft.launch import LAUNCHER_OPTIONS, add_launcher_options, launch
+
+COLUMNS = ("text_column", "text_pair_column", "label_column", "prompt_column", "completion_column")
+RETOLD = (*COLUMNS, "max_length", "kernels")  # arguments of the training run that `predict` and `eval` may replace
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a mistake with one sentence that suggests the nearest name, and exit code 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_args(self, args=None, namespace=None):
+        for flag in (arg.split("=")[0] for arg in args if arg.startswith("--")):
+            if flag not in self._option_string_actions:
+                self.error(f"unknown argument {flag}" + _nearest(flag, self._option_string_actions))
+        return super().parse_args(args, namespace)
+
+
+def main(argv=None):
+    """Runs the command line and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    commands = {"train": train, "predict": predict, "eval": evaluate, "merge": merge, "doctor": doctor}
+    if argv and argv[0] in commands:
+        return _run(f"fastft {argv[0]}", commands[argv[0]], argv[1:])
+    parser = _parser("fastft", "Fine-tunes transformers.", epilog="`fastft COMMAND --help` lists its arguments.")
+    parser.usage = "fastft [--help] [--version] COMMAND ..."
+    parser.add_argument("--version", action="version", version=f"fastft {__version__}")
+    listed = parser.add_argument_group("commands")
+    for name, command in commands.items():
+        listed.add_argument(name, nargs="?", help=command.__doc__.splitlines()[0])
+    if argv and not argv[0].startswith("-"):
+        parser.error(f"unknown command {argv[0]}" + _nearest(argv[0], commands))
+    parser.parse_args(argv)
+    parser.print_help()
+    return 2
+
+
+def train(argv):
+    """Fine-tune a model on a file, with DeepSpeed's launcher; without either, a demonstration."""
+    prog = "fastft train"
+    title = "launcher (DeepSpeed's; more of them through `deepspeed OPTIONS fastft/train.py ...`)"
+    if {"-h", "--help"} & set(argv):
+        parser = build_parser(prog)
+        add_launcher_options(parser.add_argument_group(title))
+        parser.print_help()
+        return 0
+    parser = _parser(prog, add_help=False, argument_default=argparse.SUPPRESS)
+    add_launcher_options(parser)
+    options, rest = parser.parse_known_args(argv)
+    names = {f.name for f in dataclasses.fields(Arguments)} | {"config"}
+    for flag in rest:
+        near = _nearest(flag, LAUNCHER_OPTIONS, cutoff=0.8)
+        if near and flag.startswith("--") and _bare(flag) not in names:
+            raise ValueError(f"unknown argument {flag}{near}")
+    parse_arguments(rest, prog)
+    launch(Path(__file__).with_name("train.py"), rest, vars(options))
+
+
+def predict(argv):
+    """Label the rows of a file, or write its answers, with a trained model."""
+    parser = _parser("fastft predict", predict.__doc__)
+    _add_model_and_file(parser)
+    parser.add_argument("--output", metavar="FILE", help="JSONL file to write; by default the terminal")
+    parser.add_argument("--overwrite", action="store_true", help="replace that file where it exists")
+    parser.add_argument("--max_new_tokens", type=int, metavar="N", help="longest answer, in tokens")
+    parser.add_argument("--temperature", type=float, metavar="X", help="draw tokens at random, sharper below 1")
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="seeds these draws (default: 42)")
+    args = parser.parse_args(argv)
+    from fastft import predict as work
+
+    options = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
+    if args.temperature is not None:
+        options |= {"temperature": args.temperature, "do_sample": True}
+    work.predict(
+        args.model,
+        args.file,
+        args.output,
+        overwrite=args.overwrite,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        options=options,
+        retold=_retold(args),
+    )
+
+
+def evaluate(argv):
+    """Compute a trained model's metrics on a file."""
+    parser = _parser("fastft eval", evaluate.__doc__)
+    _add_model_and_file(parser)
+    args = parser.parse_args(argv)
+    from fastft import predict as work
+
+    metrics = work.evaluate(args.model, args.file, batch_size=args.batch_size, retold=_retold(args))
+    print(json.dumps({f"eval_{name}": value for name, value in metrics.items()}, indent=2))
+
+
+def merge(argv):
+    """Merge an adapter into its base model."""
+    parser = _parser("fastft merge", merge.__doc__)
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder with the adapter")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="new or empty folder for the whole model")
+    parser.add_argument("--base_model", metavar="DIR", help="base model, where it is no longer where it was")
+    args = parser.parse_args(argv)
+    from fastft.export import merge as work
+
+    work(args.model, args.output_dir, args.base_model)
+    print(f"The merged model is in {args.output_dir}")
+    print(f"Use it: fastft predict --model {args.output_dir} --file FILE")
+
+
+def doctor(argv):
+    """Say what works on this machine, what does not, and what to do."""
+    _parser("fastft doctor", doctor.__doc__).parse_args(argv)
+    from fastft.doctor import examine
+
+    return examine()
+
+
+def _run(prog, command, argv):
+    """The exit code of a command; its errors become one sentence."""
+    try:
+        return command(argv) or 0
+    except ValueError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{prog}: failed: {error}", file=sys.stderr)
+    except RuntimeError as error:
+        from fastft import BackendError
+
+        if not isinstance(error, BackendError):
+            raise
+        print(f"{prog}: failed: {error}", file=sys.stderr)
+    return 1
+
+
+def _parser(prog, description=None, **options):
+    formatter = lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110)
+    return Parser(prog=prog, description=description, formatter_class=formatter, allow_abbrev=False, **options)
+
+
+def _add_model_and_file(parser):
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a trained model or adapter")
+    parser.add_argument("--file", required=True, metavar="FILE", help="JSONL, JSON, CSV, TSV, Parquet or text file")
+    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="rows at a time (default: 16)")
+    group = parser.add_argument_group("instead of what the model was trained with")
+    fields = {f.name: f for f in dataclasses.fields(Arguments)}
+    for name in RETOLD:
+        kind, metavar = (int, "N") if name == "max_length" else (str, "TEXT")
+        group.add_argument(f"--{name}", type=kind, metavar=metavar, help=fields[name].metadata["help"])
+
+
+def _retold(args):
+    return {name: getattr(args, name) for name in RETOLD if getattr(args, name) is not None}
+
+
+def _bare(flag):
+    return flag.lstrip("-").split("=")[0].replace("-", "_")
+
+
+def _nearest(name, names, cutoff=0.6):
+    """What to add to a sentence about an unknown name: the one of `names` that looks like it, or nothing."""
+    dashes = "--" if name.startswith("-") else ""
+    near = difflib.get_close_matches(_bare(name), [_bare(n) for n in names], n=1, cutoff=cutoff)
+    return f": did you mean {dashes}{near[0]}?" if near else ""

@@ -1,0 +1,181 @@
+"""DeepSpeed, set up so that every ZeRO stage computes the same thing and one rank pays next to nothing for it.
+
+Stage 0 keeps DeepSpeed's engine for its interface and does the arithmetic in `ReplicatedAdamW`: the engine's own clipping,
+reduction and 16-bit section would triple a small step. Stages 1 to 3 use DeepSpeed's.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import get_scheduler
+
+from fastft.optim import AdamW, ReplicatedAdamW, parameter_groups
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands. `node_first` is true for one rank on each node."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+
+def init_ranks():
+    """Joins the process group that the launcher describes, or a group of one where there is no launcher."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed would compile a shared-memory all-reduce at start-up: 45 s and a compiler, for what gloo does as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on the variable
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # no launcher, so no port either
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=30))
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def choose_dtype(args, device):
+    """The dtype of the weights: as asked, otherwise bf16 where the device computes it natively, else fp32."""
+    if device.type == "cuda":
+        native = {"bf16": torch.cuda.is_bf16_supported(including_emulation=False), "fp16": True}
+    else:
+        native = {
+            "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+            "fp16": torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+        }
+    if args.fp16:
+        if not native["fp16"]:
+            raise ValueError(
+                "--fp16 true: this CPU has no fp16 arithmetic; use --bf16 true, or leave both out for fp32"
+            )
+        return torch.float16
+    use_bf16 = native["bf16"] if args.bf16 is None else args.bf16
+    return torch.bfloat16 if use_bf16 else torch.float32
+
+
+def deepspeed_config(args, dtype, world_size):
+    """The DeepSpeed configuration of a run: written here, or read from `--deepspeed FILE` with `auto` filled in."""
+    ours = {
+        "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "train_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size,
+        "gradient_clipping": args.max_grad_norm,
+        "steps_per_print": 2**31,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": args.zero_stage,
+            "overlap_comm": False,  # stage 2 has computed wrong gradients with it (DeepSpeed #7965)
+            "offload_optimizer": {"device": args.offload_optimizer},
+        },
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "data_types": {"grad_accum_dtype": "fp32"},  # the default accumulates in the weights' dtype
+    }
+    if args.zero_stage == 3:
+        # frozen and small tensors stay sharded only above this size; the demo models lie far below it
+        ours["zero_optimization"]["stage3_param_persistence_threshold"] = 10_000
+    if args.deepspeed:
+        return _merge(_read_config(args.deepspeed), ours, args.deepspeed)
+    return ours
+
+
+def build_engine(model, args, config, dtype, total_steps):
+    """(engine, schedule): the model under DeepSpeed with AdamW and a learning rate schedule of `total_steps`."""
+    import deepspeed
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    stage = config["zero_optimization"]["stage"]
+    groups = parameter_groups(model, args.weight_decay)
+    adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if stage == 0:
+        optimizer = ReplicatedAdamW(
+            groups,
+            **adam,
+            max_grad_norm=config["gradient_clipping"],
+            accumulate=config["gradient_accumulation_steps"] > 1,
+            loss_scale=2.0**16 if dtype == torch.float16 else 1.0,
+        )
+        unused = {"gradient_clipping": 0.0, "bf16": {"enabled": False}, "fp16": {"enabled": False}}
+        config = {**config, **unused}
+    else:
+        optimizer = AdamW(groups, **adam)
+    warmup = args.warmup_steps or int(args.warmup_ratio * total_steps)
+    extra = {"min_lr_rate": 0.1} if args.lr_scheduler_type == "cosine_with_min_lr" else None
+    schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup, total_steps, scheduler_specific_kwargs=extra)
+    if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
+    with contextlib.redirect_stdout(io.StringIO()):  # the bf16 wrapper prints its memory use, unasked
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    if stage == 0:
+        engine.enable_backward_allreduce = False  # ReplicatedAdamW reduces, once a step and in fp32
+    return engine, schedule
+
+
+def backward(engine, loss):
+    """Back-propagates; the loss is already normalised over the whole optimizer step, so nothing divides it again.
+
+    The product makes a new tensor even where the scale is 1: DeepSpeed 0.19.8 divides the gradient of a tensor that the
+    model returned by the accumulation steps, whatever `scale_wrt_gas` says, when that tensor itself is back-propagated.
+    """
+    optimizer = engine.optimizer
+    engine.backward(loss * (optimizer.loss_scale if isinstance(optimizer, ReplicatedAdamW) else 1.0), scale_wrt_gas=False)
+
+
+def _read_config(path):
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--deepspeed {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"--deepspeed {path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"--deepspeed {path}: must hold a JSON object, not a {type(config).__name__}")
+    for section in ("optimizer", "scheduler"):
+        if section in config:
+            raise ValueError(
+                f"--deepspeed {path}: the section {section!r} is not used; remove it and say --optim, --learning_rate, "
+                "--lr_scheduler_type and --warmup_ratio instead"
+            )
+    return config
+
+
+def _merge(theirs, ours, path):
+    """Their configuration over ours. What both say of the batch must agree, because the loss is normalised by it."""
+    fixed = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    for key in (*fixed, "bf16", "fp16"):
+        said = theirs.get(key, "auto")
+        if isinstance(said, dict):
+            said = {k: v for k, v in said.items() if k == "enabled" and v != "auto"} or "auto"
+        if said != "auto" and said != ours[key]:
+            raise ValueError(f"--deepspeed {path}: {key} is {said}, but the arguments give {ours[key]}; say auto there")
+    merged = dict(ours)
+    for key, value in theirs.items():
+        if value == "auto":
+            continue
+        merged[key] = {**ours.get(key, {}), **_without_auto(value)} if isinstance(value, dict) else value
+    return merged
+
+
+def _without_auto(section):
+    kept = {k: v for k, v in section.items() if v != "auto"}
+    return {k: _without_auto(v) if isinstance(v, dict) else v for k, v in kept.items()}

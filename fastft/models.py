@@ -1,0 +1,169 @@
+"""Models and tokenizers: from a folder, a hub name or a configuration, to train or to use."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+import fastft
+from fastft import patching
+from fastft.arguments import Arguments
+from fastft.ops import dispatch
+from fastft.tasks import get_task
+
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
+
+
+def load_tokenizer(args):
+    """The tokenizer of a run, with a padding token (the end token stands in where it has none)."""
+    name = args.tokenizer_name or args.model_name_or_path
+    flag = "--tokenizer_name" if args.tokenizer_name else "--model_name_or_path"
+    _check_exists(name, flag)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{flag} {name}: no tokenizer there: {_first_line(error)}") from None
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"{flag} {name}: the tokenizer has neither a padding nor an end token; set pad_token in it"
+            )
+        tokenizer.pad_token = tokenizer.eos_token  # padded positions are masked by position, never by this id
+    return tokenizer
+
+
+def load_model(args, task, tokenizer, dtype, *, from_scratch=False):
+    """The model that a task trains: weights in `dtype`, a fresh head where the task needs one, LoRA and checkpointing if asked.
+
+    from_scratch: the folder holds only a configuration; weights are drawn from torch's generator.
+    """
+    name = args.model_name_or_path
+    _check_exists(name, "--model_name_or_path")
+    kwargs = {**task.model_kwargs(), "trust_remote_code": args.trust_remote_code}
+    try:
+        if from_scratch:
+            config = AutoConfig.from_pretrained(name, **kwargs)
+            model = task.auto_model.from_config(config, dtype=dtype)
+        else:
+            _check_weights(name)
+            model = task.auto_model.from_pretrained(name, dtype=dtype, ignore_mismatched_sizes=True, **kwargs)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and str(error).startswith("--"):
+            raise
+        raise ValueError(
+            f"--model_name_or_path {name}: cannot be loaded for {task.name}: {_first_line(error)}"
+        ) from None
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if args.use_peft:
+        model = add_lora(model, args, task)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.config.use_cache = False
+    return model
+
+
+def add_lora(model, args, task):
+    """Freezes the model and adds PEFT's LoRA layers, in the dtype of the weights (their fp32 masters are the optimizer's)."""
+    from peft import LoraConfig, get_peft_model
+
+    modules = args.lora_target_modules
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=modules[0] if modules == ["all-linear"] else modules,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        task_type=task.peft_type,
+    )
+    try:
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        if "Target modules" not in str(error):
+            raise
+        raise ValueError(
+            f"--lora_target_modules {' '.join(modules)}: no such layers in {args.model_name_or_path}; "
+            f"it has {', '.join(linear_names(model))}, or say all-linear"
+        ) from None
+
+
+def linear_names(model):
+    """The last part of the name of every linear layer, sorted."""
+    return sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+
+
+def patch_model(model, args):
+    """(report lines, reason why batches cannot be packed or None): fastft's kernels where the architecture is known."""
+    dispatch.set_backend(args.kernels)
+    reason = patching.why_not(model)
+    if reason is not None:
+        if args.kernels != "auto":
+            raise ValueError(f"--kernels {args.kernels}: {reason}")
+        return {"replaced": {}, "kept": {"model": reason}, "packing": reason}, f"plain layers, padded batches: {reason}"
+    report = fastft.patch(model, verbose=False)
+    return report.as_dict(), str(report)
+
+
+def load_for_inference(folder, dtype=torch.float32, **overrides):
+    """(model, tokenizer, task) from a folder that fastft or transformers wrote: a model, or a PEFT adapter over its base.
+
+    The model is patched, in evaluation mode, on the GPU where there is one. `overrides` replace arguments of the run.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"--model {folder}: no such folder")
+    run = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
+    is_adapter = (folder / "adapter_config.json").exists()
+    if is_adapter:
+        adapter = json.loads((folder / "adapter_config.json").read_text())
+        base = overrides.pop("base_model", None) or adapter["base_model_name_or_path"]
+        _check_exists(base, "the adapter's base model")
+    elif not (folder / "config.json").exists():
+        raise ValueError(f"--model {folder}: neither config.json nor adapter_config.json in it, so it holds no model")
+    else:
+        base = str(folder)
+    known = {k: v for k, v in run.get("arguments", {}).items() if k in Arguments.__dataclass_fields__}
+    dropped = {"train_file": None, "validation_file": None, "test_file": None, "dataset_name": None, "bf16": None}
+    args = Arguments(**{**known, **dropped, "model_name_or_path": base, "tokenizer_name": str(folder), **overrides})
+    if args.task is None:
+        args.task = "sequence_classification" if _is_classifier(base) else "causal_lm"
+    task = get_task(args)
+    _check_weights(base)
+    model = task.auto_model.from_pretrained(base, dtype=dtype, **run.get("model_kwargs", {}))
+    if is_adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(folder))
+    tokenizer = load_tokenizer(args)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    task.restore(model.config)
+    patch_model(model, args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), tokenizer, task
+
+
+def _is_classifier(path):
+    architectures = AutoConfig.from_pretrained(path).architectures or [""]
+    return "SequenceClassification" in architectures[0]
+
+
+def _check_exists(name, flag):
+    """A path that looks local must be there; anything else is a hub name, which transformers looks up."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
+        raise ValueError(f"{flag} {name}: no such folder")
+
+
+def _check_weights(name):
+    folder = Path(name)
+    if folder.is_dir() and not any(next(folder.glob(pattern), None) for pattern in WEIGHT_FILES):
+        raise ValueError(f"--model_name_or_path {name}: no weights in that folder (model.safetensors is missing)")
+
+
+def _first_line(error):
+    return str(error).strip().splitlines()[0].rstrip(".")

@@ -1,0 +1,5 @@
+"""Drop-in layers over fastft.ops. One file per layer."""
+
+from fastft.nn.rms_norm import RMSNorm
+
+__all__ = ["RMSNorm"]

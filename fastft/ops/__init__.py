@@ -1,0 +1,11 @@
+"""The ops of fastft as functions: autograd, torch.compile, and the choice of a backend. One file per op.
+
+The functions are bound here, eagerly, so that none turns into the submodule of its name when that is imported.
+"""
+
+from fastft.ops.attention import attention
+from fastft.ops.dropout import dropout
+from fastft.ops.linear import linear
+from fastft.ops.rms_norm import rms_norm
+
+__all__ = ["attention", "dropout", "linear", "rms_norm"]

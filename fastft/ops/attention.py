@@ -1,0 +1,243 @@
+"""Attention over padded or packed batches: causal or not, grouped heads, windows, soft-capping, dropout.
+
+    s = scale * q kᵀ,   s = softcap * tanh(s / softcap),   p = softmax(s over the allowed keys),   o = dropout(p) v
+
+Eager calls run the reference and PyTorch differentiates it. torch.compile sees one opaque op, because how packed
+sequences are batched depends on the data; its backward computes the forward again, with the same dropout.
+"""
+
+import os
+
+import torch
+
+from fastft.ops import dispatch
+from fastft_kernels.reference.attention import attention as reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CHECK_EVERYWHERE = os.environ.get("FASTFT_CHECK") == "1"
+_SETTINGS = (
+    "bool causal, float? scale, int? left, int? right, float? softcap, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? key_lengths, float dropout_p, Tensor? seed, bool return_lse"
+)
+
+dispatch.register("attention")
+
+
+def _forward(q, k, v, *settings):
+    """(o, lse), where a lse that nobody asked for is an empty tensor: a custom op cannot return None."""
+    causal, scale, left, right, softcap, cu_seqlens_q, cu_seqlens_k, key_lengths, dropout_p, seed, return_lse = settings
+    result = reference(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=scale,
+        window=(left, right),
+        softcap=softcap,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        key_lengths=key_lengths,
+        dropout_p=dropout_p,
+        seed=seed,
+        return_lse=return_lse,
+    )
+    return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
+
+
+@torch.library.custom_op(
+    "fastft::attention", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)"
+)
+def _op(q, k, v, *settings):
+    out, lse = _forward(q, k, v, *settings)
+    return out.contiguous(), lse.contiguous()
+
+
+@_op.register_fake
+def _(q, k, v, *settings):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1] if settings[-1] else 0, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "fastft::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+)
+def _backward_op(dout, dlse, q, k, v, *settings):
+    # autograd.grad would find nothing: a custom op runs with autograd dispatched away, whatever the grad mode.
+    _, gradients = torch.func.vjp(lambda q, k, v: _forward(q, k, v, *settings), q, k, v)
+    return tuple(gradient.contiguous() for gradient in gradients((dout, dlse)))
+
+
+@_backward_op.register_fake
+def _(dout, dlse, q, k, v, *settings):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output):
+    tensors = {i: x for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)}
+    ctx.save_for_backward(*tensors.values())
+    ctx.positions = tuple(tensors)
+    ctx.others = tuple(None if i in tensors else x for i, x in enumerate(inputs))
+
+
+def _gradients(ctx, dout, dlse):
+    inputs = list(ctx.others)
+    for i, x in zip(ctx.positions, ctx.saved_tensors, strict=True):
+        inputs[i] = x
+    return *_backward_op(dout, dlse, *inputs), *(None for _ in inputs[3:])
+
+
+_op.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    scale=None,
+    window=None,
+    softcap=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    key_lengths=None,
+    dropout_p=0.0,
+    seed=None,
+    return_lse=False,
+):
+    """o, or (o, lse) with `return_lse`.
+
+    q: [B, S, H, D], or packed [T, H, D]; k, v: [B, S', H', D] or [T', H', D], H a multiple of H', D at most 256; one
+    floating dtype for the three (under autocast they are cast to its dtype). o: like q. lse: q's shape without D,
+    float32, the natural logarithm of the sum of exponentials, before dropout.
+
+    causal          query i sees no key past its position i + S' - S: the last query stands on the last key
+    scale           by default 1 / sqrt(D)
+    window          (left, right): the keys position - left ... position + right; None is no limit on that side
+    softcap         scores become softcap * tanh(scores / softcap)
+    cu_seqlens_q/k  int32 [n + 1], on q's device: where each packed sequence starts, then T; k's is q's by default
+    max_seqlen_q/k  at least the length of the longest sequence; spares a kernel from asking the device
+    key_lengths     int [B]: how many keys each padded example has, or [B, 2]: its first key and the one after its last
+    dropout_p       probability that a score is dropped, from 0 to below 1
+    seed            int or int64 tensor: the same seed drops the same scores; by default drawn from torch's CPU generator
+
+    A query that may see nothing gives 0, a lse of -inf and zero gradients. Differentiable once in q, k and v, also
+    through lse. Raises ValueError, naming the argument and both values, for what does not fit; the contents of cu_seqlens
+    and key_lengths are looked at on the CPU only (everywhere under FASTFT_CHECK=1), as asking a GPU would wait for it.
+    Raises BackendError where a backend that was asked for cannot serve.
+    """
+    _check(q, k, v, causal, window, softcap, dropout_p)
+    if cu_seqlens_q is None:
+        _check_padded(q, k, cu_seqlens_k, key_lengths)
+    else:
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_lengths)
+    dispatch.choose("attention", q, k, v)
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    if dropout_p and seed is None:
+        seed = torch.randint(2**63 - 1, ())  # on the CPU whatever the device: checkpointing restores that generator
+    left, right = (None, None) if window is None else window
+    compiling = torch.compiler.is_compiling()
+    if compiling and isinstance(seed, int):
+        seed = torch.tensor(seed)
+    sequences = cu_seqlens_q, cu_seqlens_k, key_lengths
+    with torch.autocast(device, enabled=False):
+        out, lse = (_op if compiling else _forward)(
+            q, k, v, causal, scale, left, right, softcap, *sequences, dropout_p, seed, return_lse
+        )
+    return (out, lse) if return_lse else out
+
+
+def _check(q, k, v, causal, window, softcap, dropout_p):
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if q.dim() not in (3, 4) or k.dim() != q.dim() or k.shape != v.shape:
+        raise ValueError(f"attention: {shapes}: q must be [B, S, H, D] or packed [T, H, D], k and v alike of one shape")
+    heads, heads_k = q.shape[-2], k.shape[-2]
+    if q.shape[-1] != k.shape[-1] or not 0 < q.shape[-1] <= 256:
+        raise ValueError(f"attention: {shapes}: the last dimension must be the same for all, from 1 to 256")
+    if heads_k == 0 or heads % heads_k:
+        raise ValueError(f"attention: {shapes}: the {heads} heads of q must be a multiple of the {heads_k} of k and v")
+    if q.dim() == 4 and q.shape[0] != k.shape[0]:
+        raise ValueError(f"attention: {shapes}: the batches of q and k must be equally large")
+    kinds = {(x.dtype, x.device) for x in (q, k, v)}
+    if q.dtype not in _DTYPES or len(kinds) > 1 and not torch.is_autocast_enabled(q.device.type):
+        kinds = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in zip("qkv", (q, k, v), strict=True))
+        raise ValueError(f"attention: {kinds}: q, k and v must have one floating dtype and device")
+    if window is not None and (len(window) != 2 or any(side is not None and side < 0 for side in window)):
+        raise ValueError(f"attention: window {window}: must be (left, right), each 0 or more, or None for no limit")
+    if causal and window is not None and window[1]:
+        raise ValueError(
+            f"attention: causal=True and window {window} contradict each other: make the right side 0 or None"
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attention: softcap {softcap}: must be above 0, or None")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"attention: dropout_p {dropout_p}: must be at least 0 and below 1")
+
+
+def _check_padded(q, k, cu_seqlens_k, key_lengths):
+    if q.dim() == 3 or cu_seqlens_k is not None:
+        raise ValueError(
+            f"attention: q {list(q.shape)} without cu_seqlens_q: packed sequences need it, and q as [T, H, D]"
+        )
+    if key_lengths is None:
+        return
+    if key_lengths.shape not in ((q.shape[0],), (q.shape[0], 2)) or key_lengths.is_floating_point():
+        raise ValueError(
+            f"attention: key_lengths {list(key_lengths.shape)} of {key_lengths.dtype}: must be integers [{q.shape[0]}] or "
+            f"[{q.shape[0]}, 2] for q {list(q.shape)}"
+        )
+    if _readable(key_lengths):
+        first, end = key_lengths.unbind(1) if key_lengths.dim() == 2 else (key_lengths.new_zeros(()), key_lengths)
+        if key_lengths.numel() and not ((first >= 0) & (first <= end) & (end <= k.shape[1])).all():
+            raise ValueError(
+                f"attention: key_lengths {key_lengths.tolist()}: must lie within the {k.shape[1]} keys of k"
+            )
+
+
+def _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_lengths):
+    if q.dim() == 4 or key_lengths is not None:
+        raise ValueError(
+            f"attention: cu_seqlens_q with q {list(q.shape)}: packed sequences are [T, H, D], without key_lengths"
+        )
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        counts = cu_seqlens_q.numel() - 1, cu_seqlens_k.numel() - 1
+        raise ValueError(
+            f"attention: cu_seqlens_q has {counts[0]} sequences and cu_seqlens_k {counts[1]}: must be as many"
+        )
+    _check_cu_seqlens("q", cu_seqlens_q, q, max_seqlen_q)
+    if cu_seqlens_k is not cu_seqlens_q or k.shape[0] != q.shape[0] or max_seqlen_k != max_seqlen_q:
+        _check_cu_seqlens("k", cu_seqlens_k, k, max_seqlen_k)
+
+
+def _check_cu_seqlens(name, cu_seqlens, x, max_seqlen):
+    if (
+        cu_seqlens.dim() != 1
+        or not cu_seqlens.numel()
+        or cu_seqlens.dtype != torch.int32
+        or cu_seqlens.device != x.device
+    ):
+        raise ValueError(
+            f"attention: cu_seqlens_{name} is {list(cu_seqlens.shape)} of {cu_seqlens.dtype} on {cu_seqlens.device}: must be "
+            f"[sequences + 1] of torch.int32 on {x.device}"
+        )
+    if not _readable(cu_seqlens):
+        return
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    if bounds[0] != 0 or bounds[-1] != x.shape[0] or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"attention: cu_seqlens_{name} {bounds}: must rise from 0 to the {x.shape[0]} tokens of {name}"
+        )
+    if max_seqlen is not None and max_seqlen < max(lengths, default=0):
+        raise ValueError(f"attention: max_seqlen_{name} {max_seqlen}: the longest sequence has {max(lengths)} tokens")
+
+
+def _readable(x):
+    """Whether the contents may be looked at: a traced tensor has none, and a GPU would have to be waited for."""
+    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or _CHECK_EVERYWHERE)

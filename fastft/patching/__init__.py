@@ -1,0 +1,192 @@
+"""`fastft.patch(model)`: swaps the layers of a transformers or PEFT model for fastft's, reversibly, with a report.
+
+By instance: only this model changes, not its classes and not transformers. By role: a table (families.py) says which
+layers of an architecture play which. Forwards are bound to single layers, so parameters, their names and the modules stay
+what they are; saving, PEFT, gradient checkpointing and ZeRO-3 see no difference.
+
+    attention   self-attention, padded or packed, as attn_implementation="fastft"    attention.py
+    norm        RMSNorm                                                              layers.py
+    dropout     nn.Dropout, with fewer random draws                                  layers.py
+    linear      nn.Linear in half precision, on a CPU without instructions for it    layers.py
+    pooling     classification of each sequence of a packed row                      packing.py
+"""
+
+import copy
+import types
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastft.ops import dispatch
+from fastft.ops.linear import native
+from fastft.patching import attention, layers, packing
+from fastft.patching.families import family_of, layer_class, why_not_packed, why_unsupported
+from fastft.patching.report import PatchReport
+
+__all__ = ["PatchReport", "patch", "unpatch", "why_not"]
+
+
+@dataclass
+class _Patch:
+    """What `unpatch` needs; it stays on the model, so that it goes along with a copy."""
+
+    report: PatchReport
+    attn_implementation: str
+
+
+def patch(model, *, verbose=True):
+    """Patches `model` in place and returns a PatchReport, printed if `verbose`. A patched model is left as it is.
+
+    model: a transformers model of one of the architectures in families.py, or a PEFT model around one.
+    Where a backend was asked for (`fastft.backend`, `--kernels`), a role that has no such kernel is kept, and reported.
+    Raises ValueError for other models, with the architectures that are supported.
+    """
+    reason = why_not(model)
+    if reason is not None:
+        raise ValueError(f"fastft.patch: {reason}")
+    inner = _unwrap(model)
+    if "_fastft_patch" not in inner.__dict__:
+        inner._fastft_patch = _patch(model, inner)
+    report = inner._fastft_patch.report
+    if verbose:
+        print(report)
+    return report
+
+
+def unpatch(model):
+    """Undoes `patch`: the model computes again, to the bit, what it computed before. Does nothing to another model."""
+    inner = _unwrap(model)
+    done = inner.__dict__.pop("_fastft_patch", None)
+    if done is None:
+        return
+    inner.config._attn_implementation = done.attn_implementation
+    for module in model.modules():
+        if _is_ours(module):
+            del module.__dict__["forward"]
+        for name in [name for name in module.__dict__ if name.startswith("fastft_")]:
+            del module.__dict__[name]
+        for hooks, with_kwargs in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
+                del hooks[key]
+                with_kwargs.pop(key, None)
+
+
+def why_not(model_or_config):
+    """Why this model, or a model of this configuration, cannot be patched; None if it can."""
+    inner = _unwrap(model_or_config)
+    is_model = isinstance(inner, nn.Module)
+    config = getattr(inner, "config", None) if is_model else inner
+    reason = why_unsupported(config)
+    if reason is not None or not is_model or "_fastft_patch" in inner.__dict__:
+        return reason
+    if not isinstance(inner, layer_class(config, "PreTrainedModel")):
+        return f"{type(inner).__name__} is not one of transformers' own {config.model_type} classes"
+    for name, module in inner.named_modules():
+        if "forward" in module.__dict__:
+            return f"something else has replaced the forward of {name or type(inner).__name__} already: undo that first"
+    return None
+
+
+def _unwrap(model):
+    """The transformers model inside a PEFT model."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _patch(model, inner):
+    previous = inner.config._attn_implementation
+    replaced, kept = {}, {}
+    for role, op, replace in (
+        ("attention", "attention", _replace_attention),
+        ("norm", "rms_norm", _replace_norms),
+        ("dropout", "dropout", _replace_dropouts),
+        ("linear", None, _replace_linears),
+    ):
+        reason = _why_not_served(op, inner)
+        count = replace(model, inner) if reason is None else 0
+        if count:
+            replaced[role] = count
+        elif reason is not None:
+            kept[role] = reason
+    packs = f"attention is kept: {kept['attention']}" if "attention" in kept else why_not_packed(inner)
+    pooled = _replace_pooling(inner) if packs is None else 0
+    if pooled:
+        replaced["pooling"] = pooled
+    if not family_of(inner.config).rms_norm:
+        kept["norm"] = "LayerNorm has no kernel yet"
+    return _Patch(PatchReport(type(inner).__name__, replaced, kept, packs), previous)
+
+
+def _why_not_served(op, inner):
+    """Why the backend that was asked for has no kernel for `op`, wherever the model will run; None if it has."""
+    name = dispatch.requested()
+    if op is None or name == "auto":
+        return None
+    device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+    like = torch.empty(inner.config.hidden_size, dtype=inner.dtype, device=device)
+    return dispatch.why_not(op, name, like, like)
+
+
+def _replace_attention(model, inner):
+    config = copy.deepcopy(inner.config)  # other models may have been built from the same object
+    for module in [m for m in model.modules() if m.__dict__.get("config") is inner.config]:
+        module.config = config
+    config._attn_implementation = attention.NAME
+    for module in {inner.base_model, inner}:
+        module.register_forward_pre_hook(packing.enter, with_kwargs=True)
+    return inner.config.num_hidden_layers
+
+
+def _replace_norms(model, inner):
+    norm = layer_class(inner.config, "RMSNorm") if family_of(inner.config).rms_norm else None
+    return _bind([m for m in inner.modules() if type(m) is norm], layers.rms_norm)
+
+
+def _replace_dropouts(model, inner):
+    attention_class = layer_class(inner.config, "SelfAttention")  # it holds a dropout for its p alone
+    unused = {m.dropout for m in inner.modules() if attention_class and type(m) is attention_class}
+    dropouts = [m for m in inner.modules() if type(m) is nn.Dropout and m.p > 0 and m not in unused]
+    return _bind(dropouts, layers.dropout)
+
+
+def _replace_linears(model, inner):
+    linears = [m for m in inner.modules() if type(m) is nn.Linear]
+    return _bind([m for m in linears if m.weight.device.type == "cpu" and not native(m.weight.dtype)], layers.linear)
+
+
+def _replace_pooling(inner):
+    family, encoder = family_of(inner.config), inner.base_model
+    is_classifier = type(inner) is layer_class(inner.config, "ForSequenceClassification")
+    if family.decoder:
+        return _bind([inner] if is_classifier else [], packing.classify)
+    readers = []
+    if getattr(encoder, "pooler", None) is not None:
+        readers.append(encoder.pooler)
+    if is_classifier:
+        inner.fastft_classifies = True
+        path, child = family.last_block
+        block = encoder.get_submodule(path.format(inner.config.num_hidden_layers - 1))
+        block.fastft_reader = child
+        block.register_forward_pre_hook(packing.tell_reader, with_kwargs=True)
+        readers.append(block.get_submodule(child))
+    for reader in readers:
+        reader.fastft_cu_seqlens = None
+        reader.register_forward_pre_hook(packing.read_first)
+    return len(readers)
+
+
+def _bind(modules, forward):
+    for module in modules:
+        module.forward = types.MethodType(forward, module)
+    return len(modules)
+
+
+_FORWARDS = (layers.rms_norm, layers.dropout, layers.linear, packing.classify)
+_HOOKS = (packing.enter, packing.tell_reader, packing.read_first)
+
+
+def _is_ours(module):
+    return getattr(module.__dict__.get("forward"), "__func__", None) in _FORWARDS

@@ -1,0 +1,28 @@
+"""The compiled extension `fastft_kernels._C`, or why there is none. The one place that may miss it.
+
+It is imported after torch, whose OpenMP library then serves both: there is one pool of threads.
+"""
+
+import torch
+
+try:
+    from fastft_kernels import _C as C
+
+    missing = None
+except ImportError as error:
+    C = None
+    missing = (
+        f"fastft_kernels._C cannot be imported ({error}); FASTFT_BUILD_EXT=1 pip install . builds it or says why not"
+    )
+
+DTYPES = {getattr(torch, name): code for name, code in C.dtypes.items()} if C else {}
+
+
+def address(tensor):
+    """Where the data of `tensor` starts; 0, the null pointer, for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def row_stride(matrix):
+    """Elements from one row of `matrix` to the next; 0 for None."""
+    return 0 if matrix is None else matrix.stride(0)

@@ -1,0 +1,148 @@
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fastft import checkpoint
+from fastft.checkpoint import TrainState, find_checkpoint
+from fastft.durable import together, write_json
+
+CHECKS = [
+    *(f"stage {stage}{kind}" for stage in range(4) for kind in ("", ", LoRA")),
+    *(f"resume without {part}" for part in ("random streams", "optimizer", "schedule")),
+    *("refusals", "another base model", "rotation"),
+    *("disk full on rank 0", "disk full on rank 1", "disk full during export"),
+    *("separate disks, stage 0", "separate disks, stage 3"),
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What checkpoint_checks.py found on two ranks: {check: None or an error}."""
+    out = tmp_path_factory.mktemp("checks")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("checkpoint_checks.py")), str(out)]
+    processes = []
+    try:
+        for rank in range(2):
+            environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with open(out / f"rank-{rank}.log", "w") as log:
+                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        codes = [process.wait(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], "\n".join((out / f"rank-{rank}.log").read_text()[-3000:] for rank in range(2))
+    return json.loads((out / "outcomes.json").read_text())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("check", CHECKS)
+def test_two_ranks(outcomes, check):
+    assert outcomes.keys() == set(CHECKS)
+    assert outcomes[check] is None, outcomes[check]
+
+
+def finished(folder, serial):
+    folder.mkdir(parents=True)
+    write_json(folder / "state.json", {"serial": serial})
+    return folder
+
+
+def test_auto_finds_the_checkpoint_written_last_among_complete_ones(tmp_path):
+    assert find_checkpoint(tmp_path / "absent", "auto") is None
+    assert find_checkpoint(tmp_path, "auto") is None
+    finished(tmp_path / "step-000020", serial=1)
+    last = finished(tmp_path / "step-000010", serial=2)
+    finished(tmp_path / ".step-000030.0123abcd", serial=3)
+    (tmp_path / "step-000040").mkdir()
+    assert find_checkpoint(tmp_path, "auto") == last
+
+
+def test_a_checkpoint_asked_for_must_be_complete(tmp_path):
+    assert find_checkpoint(tmp_path, None) is None
+    assert find_checkpoint("elsewhere", str(finished(tmp_path / "mine", serial=1))) == tmp_path / "mine"
+    (tmp_path / "step-000040").mkdir()
+    with pytest.raises(ValueError, match="--resume_from_checkpoint .*step-000040: no complete checkpoint"):
+        find_checkpoint(tmp_path, str(tmp_path / "step-000040"))
+    with pytest.raises(ValueError, match="--resume_from_checkpoint .*step-000050: no such folder"):
+        find_checkpoint(tmp_path, str(tmp_path / "step-000050"))
+
+
+FACTS = {"format": 1, "world_size": 2, "zero_stage": 1, "dtype": "float32", "optimizer": "AdamW"}
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"format": 2}, "has format 2; this version of fastft reads format 1"),
+        ({"world_size": 4}, "ranks 4 there, 2 in this run; resume with as many"),
+        ({"zero_stage": 3}, "ZeRO stage 3 there, 1 in this run; resume with the same --zero_stage"),
+        ({"optimizer": "SGD"}, "optimizer SGD there, AdamW in this run; resume with the same --optim"),
+        ({"parameters": {"a": "[2]"}}, "of another model: a is [2] there and [2, 3] in this run"),
+        ({"parameters": {"a": "[2, 3] frozen"}}, "of another model: a is [2, 3] frozen there and [2, 3] in this run"),
+        ({"parameters": {"a": "[2, 3]", "b": "[1]"}}, "of another model: b is [1] there and absent in this run"),
+    ],
+)
+def test_refusals_say_what_differs(change, sentence):
+    run = {**FACTS, "parameters": {"a": "[2, 3]"}}
+    checkpoint._check_same("here", run, run)
+    with pytest.raises(ValueError) as error:
+        checkpoint._check_same("here", {**run, **change}, run)
+    assert str(error.value) == f"checkpoint here: {sentence}"
+
+
+def test_random_streams_continue_exactly(tmp_path):
+    """Also in the middle of a pair: both generators of normal numbers keep the second one for the next call."""
+    draw = lambda: [random.random(), random.gauss(0, 1), np.random.randn(), np.random.rand(), *torch.randn(3).tolist()]
+    random.gauss(0, 1), np.random.randn(), torch.randn(1)
+    checkpoint._save_rank(SimpleNamespace(module=torch.nn.Linear(1, 1)), tmp_path)
+    expected = draw()
+    streams, _ = checkpoint._load_rank(tmp_path)
+    draw()
+    checkpoint._restore_streams(streams)
+    assert draw() == expected
+
+
+def test_the_frozen_checksum_notices_one_bit_and_ignores_trained_weights():
+    layer = torch.nn.Linear(3, 5).bfloat16()
+    layer.weight.requires_grad_(False)
+    before = checkpoint._frozen_checksum(layer)
+    with torch.no_grad():
+        layer.bias += 1
+        assert checkpoint._frozen_checksum(layer) == before
+        layer.weight.view(torch.int16)[4, 2] ^= 1
+    assert checkpoint._frozen_checksum(layer) != before
+
+
+def test_state_survives_json():
+    state = TrainState(step=3, best_metric=0.1, best_step=2, seconds=1 / 3, recent_loss=[0.2, 1])
+    assert TrainState(**json.loads(json.dumps(vars(state)))) == state
+
+
+def test_json_is_whole_or_as_before(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_errors_name_what_failed():
+    with pytest.raises(OSError, match="^saving: rank 0: .*No space left"), together("saving"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(RuntimeError, match="^saving: rank 0: KeyError: 'x'$"), together("saving"):
+        {}["x"]
+    with pytest.raises(ValueError, match="^what a user reads$"), together("saving"):
+        raise ValueError("what a user reads")

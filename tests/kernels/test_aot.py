@@ -1,0 +1,48 @@
+"""Triton kernels compiled ahead of time for Ampere, Hopper and Blackwell: nothing spills, shared memory is within limits.
+
+The variants are those whose registers are tightest: the longest rows of each number of warps, every optional part on.
+"""
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("triton.backends.nvidia")
+
+ARCHITECTURES = [80, 90, 100]
+
+
+def rms_norm_variants():
+    from fastft_kernels.triton.rms_norm import CONFIG
+
+    shared = {"n_rows": "i32", "n_cols": "i32", "offset": "fp32"}
+    forward = {
+        "kernel": "fastft_kernels.triton.rms_norm:forward_kernel",
+        "signature": shared
+        | dict.fromkeys(["x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "h_ptr"], "*bf16")
+        | dict.fromkeys(["x_stride", "residual_stride"], "i32")
+        | {"rstd_ptr": "*fp32", "eps": "fp32"},
+        "constants": {"HAS_RESIDUAL": True, "ROUND_FIRST": True},
+    }
+    backward = {
+        "kernel": "fastft_kernels.triton.rms_norm:backward_kernel",
+        "signature": shared
+        | dict.fromkeys(["dy_ptr", "dh_ptr", "h_ptr", "weight_ptr", "dx_ptr"], "*bf16")
+        | dict.fromkeys(["dy_stride", "dh_stride", "h_stride"], "i32")
+        | {"rstd_ptr": "*fp32", "partial_ptr": "*fp32"},
+        "constants": {"HAS_DH": True, "NEEDS_DWEIGHT": True},
+    }
+    for cols in (128, 2048, 4096, 16384):
+        block_rows, warps = CONFIG[cols]
+        for kernel in (forward, backward):
+            aligned = [name for name in kernel["signature"] if name.endswith(("_ptr", "_stride", "n_cols"))]
+            constants = kernel["constants"] | {"BLOCK_ROWS": block_rows, "BLOCK_COLS": cols}
+            yield kernel | {"constants": constants, "divisible_by_16": aligned, "num_warps": warps}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_rms_norm(compile_ahead, arch):
+    variants = [variant | {"arch": arch} for variant in rms_norm_variants()]
+    for variant, report in zip(variants, compile_ahead(variants), strict=True):
+        name = f"{variant['kernel']} {variant['constants']}: {report}"
+        assert report["stack_bytes"] == report["STL"] == report["LDL"] == 0, name
+        assert report["shared_bytes"] <= report["shared_limit"], name

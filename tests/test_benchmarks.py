@@ -1,0 +1,107 @@
+"""The benchmarks run, at toy size, so that they never rot; and the arithmetic of their ratios."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# One process for all, because starting it takes longer than anything it does.
+SESSION = """
+import sys
+import pytest
+from benchmarks import _sentiment
+
+folder = sys.argv[1]
+right, measure = _sentiment.Fastft.loss, _sentiment.measure
+_sentiment.Fastft.loss = lambda self, examples: 1.001 * right(self, examples)
+_sentiment.measure = lambda *args, **kwargs: sys.exit("timed a wrong answer")
+try:
+    _sentiment.run(_sentiment.toy_job(folder), rounds=1)
+except AssertionError as error:
+    print("refused:", error)
+_sentiment.Fastft.loss, _sentiment.measure = right, measure
+
+options = ["--benchmark-only", "--toy", "--rounds=3", f"--results={folder}/results", "-p", "no:cacheprovider"]
+sys.exit(pytest.main(["benchmarks/test_training.py", *options]))
+"""
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    """(what a toy session printed, the result it kept, the result's path)."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SESSION, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (folder / "results").glob("*.json")
+    return done.stdout, json.loads(path.read_text()), path
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def test_every_loop_is_measured_in_every_round(session):
+    printed, result, _ = session
+    assert "3 passed" in printed and "test_sentiment[careful]" in printed
+    job = result["jobs"]["sentiment"]
+    assert set(job["sides"]) == {"textbook", "careful", "fastft"}
+    for side in job["sides"].values():
+        assert len(side["wall"]) == len(side["cpu"]) == len(side["values"]) == 3
+        assert all(seconds > 0 for seconds in side["wall"])
+    positions = {name: side["positions"] for name, side in job["sides"].items()}
+    assert positions["fastft"] == job["tokens"] < positions["careful"] < positions["textbook"] == 4 * 32
+    losses = [side["loss"] for side in job["check"].values()]
+    assert max(losses) - min(losses) <= 1e-4 * min(losses)
+
+
+def test_the_table_shows_the_ratio_of_the_times_in_the_result(session):
+    printed, result, _ = session
+    sides = result["jobs"]["sentiment"]["sides"]
+    ratios = [a / b for a, b in zip(sides["careful"]["wall"], sides["fastft"]["wall"], strict=True)]
+    (row,) = [line for line in printed.splitlines() if line.startswith("| careful |")]
+    assert f"| {statistics.median(ratios):.2f} (" in row
+
+
+def test_wrong_answers_are_not_timed(session):
+    assert "refused: loss of fastft" in session[0]
+
+
+def test_report_replaces_only_what_stands_between_its_marks(session, tmp_path, benchmarks):
+    from benchmarks import report
+
+    readme = tmp_path / "README.md"
+    readme.write_text("# before\n<!-- results: begin -->\nold numbers\n<!-- results: end -->\nafter\n")
+    report.main([str(session[2]), "--readme", str(readme)])
+    text = readme.read_text()
+    assert text.startswith("# before\n") and text.endswith("\nafter\n")
+    assert "old numbers" not in text and "| fastft |" in text
+
+
+def test_speedup_is_the_median_of_paired_ratios(benchmarks):
+    from benchmarks._harness import speedup
+
+    ours = [1.0, 2.0, 4.0, 1.0, 3.0]
+    assert speedup([3 * t for t in ours], ours) == (3.0, 3.0, 3.0)  # pairs share whatever slowed the machine
+    median, low, high = speedup([1.0, 4.0, 12.0, 2.0, 6.0], ours)
+    assert median == 2.0 and low < median < high
+
+
+def test_measure_runs_each_side_once_a_round_in_changing_order(benchmarks):
+    from benchmarks._harness import measure
+
+    calls = []
+    sides = {name: lambda number, name=name: calls.append((number, name)) for name in "abc"}
+    runs = measure(sides, 20, warmup=1)
+    rounds = [tuple(name for number, name in calls if number == n) for n in range(21)]
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len(set(rounds)) > 2
+    assert all(len(run["wall"]) == 20 for run in runs.values()), "warming up is not recorded"
