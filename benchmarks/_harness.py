@@ -79,7 +79,7 @@ def machine():
         "isa": torch.backends.cpu.get_cpu_capability(),
         "native_bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
-        "allocator": os.environ.get("LD_PRELOAD") or " ".join(platform.libc_ver()),
+        "allocator": Path(os.environ.get("LD_PRELOAD", "")).name or " ".join(platform.libc_ver()),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "deepspeed")},

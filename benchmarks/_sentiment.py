@@ -35,8 +35,11 @@ WARMUP = 2  # rounds
 class Job:
     """A model folder, a file of labelled sentences, and how to train."""
 
+    name: str
     model: str
     train_file: str
+    cache_dir: str | None = None
+    """where the tokenised sentences are kept; None: where `fastft train` keeps them"""
     batch_size: int = 32
     padded_length: int = 128
     """what the textbook loop pads to; longer sentences are cut in all loops"""
@@ -54,7 +57,8 @@ def sst2_job():
     train_file = shared / "data" / "sst2" / "train.tsv"
     if not train_file.exists():
         raise FileNotFoundError(f"the data is missing: {train_file}; FASTFT_SHARED names the folder that holds data/")
-    return Job(model=str(Path(package.origin).parent / "model"), train_file=str(train_file))
+    model = Path(package.origin).parent / "model"
+    return Job(name="all-MiniLM-L6-v2 on SST-2", model=str(model), train_file=str(train_file))
 
 
 def toy_job(folder):
@@ -78,7 +82,14 @@ def toy_job(folder):
     draw = random.Random(0)
     rows = [f"{' '.join(draw.choices(words, k=draw.randint(1, 20)))}\t{draw.randint(0, 1)}" for _ in range(40)]
     (folder / "train.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return Job(model=str(folder / "model"), train_file=str(folder / "train.tsv"), batch_size=4, padded_length=32)
+    return Job(
+        name="a tiny random BERT on generated sentences",
+        model=str(folder / "model"),
+        train_file=str(folder / "train.tsv"),
+        cache_dir=str(folder),
+        batch_size=4,
+        padded_length=32,
+    )
 
 
 def run(job, rounds):
@@ -101,7 +112,7 @@ def run(job, rounds):
         runs[name] |= {"dtype": str(side.dtype).removeprefix("torch."), "positions": sum(positions) / rounds}
     tokens = sum(len(example["input_ids"]) for batch in batches[WARMUP:] for example in batch)
     return {
-        "job": asdict(job),
+        "job": {k: v for k, v in asdict(job).items() if k not in ("model", "train_file", "cache_dir")},  # no paths
         "check": check,
         "careful_dtypes": {str(dtype).removeprefix("torch."): seconds for dtype, seconds in dtypes.items()},
         "tokens": tokens / rounds,
@@ -117,6 +128,7 @@ class Bench:
         self.args = Arguments(
             model_name_or_path=job.model,
             train_file=job.train_file,
+            cache_dir=job.cache_dir,
             max_length=job.padded_length,
             per_device_train_batch_size=job.batch_size,
             learning_rate=job.learning_rate,

@@ -24,8 +24,9 @@ def _sentiment(job, machine):
     sides, ours = job["sides"], job["sides"]["fastft"]
     absolute = machine["gpu"] is not None  # on a CPU only ratios carry over to the reader's machine
     rows = [
-        f"Sentiment, {job['job']['batch_size']} sentences ({job['tokens']:.0f} tokens) a step, {len(ours['wall'])} rounds. "
-        "Speed-up: the loop's time over fastft's, both on the same sentences; median and 95 % interval.",
+        f"{job['job']['name']}: {job['job']['batch_size']} sentences ({job['tokens']:.0f} tokens) a step, "
+        f"{len(ours['wall'])} rounds. Speed-up: the loop's time over fastft's on the same sentences; median and 95 % "
+        "interval.",
         "",
         "| loop | weights | positions computed | speed-up of fastft | by CPU time | mean loss |"
         + (" ms per step | sentences/s |" if absolute else ""),

@@ -133,7 +133,10 @@ def load_for_inference(folder, dtype=torch.float32, **overrides):
         args.task = "sequence_classification" if _is_classifier(base) else "causal_lm"
     task = get_task(args)
     _check_weights(base)
-    model = task.auto_model.from_pretrained(base, dtype=dtype, **run.get("model_kwargs", {}))
+    kwargs = run.get("model_kwargs", {})
+    if "id2label" in kwargs:  # JSON has made its keys strings
+        kwargs["id2label"] = {int(i): label for i, label in kwargs["id2label"].items()}
+    model = task.auto_model.from_pretrained(base, dtype=dtype, **kwargs)
     if is_adapter:
         from peft import PeftModel
 

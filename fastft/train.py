@@ -14,9 +14,11 @@ if __name__ == "__main__":  # run as a script: this folder comes first on sys.pa
 import dataclasses
 import math
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
+import transformers
 from transformers import set_seed
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -126,7 +128,7 @@ def train(args):
     if args.load_best_model_at_end and state.best_checkpoint and state.best_step != state.step:
         load_checkpoint(engine, Path(state.best_checkpoint), weights_only=True)
         recorder.note(f"going back to the best model, of step {state.best_step}")
-        evaluated = None, {}
+        evaluated = state.step, evaluate("validation", "eval")
     if "validation" in splits and evaluated[0] != state.step:
         evaluated = state.step, evaluate("validation", "eval")
         recorder.evaluation(*evaluated)
@@ -189,8 +191,16 @@ def is_better(metrics, task, state):
     return better
 
 
+def quiet_libraries():
+    """Leaves the screen to the run: no bars for loading and saving, no warnings that nobody here can act on."""
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|deepspeed")
+
+
 def main(argv=None):
     args = parse_arguments(argv, prog="fastft train")
+    quiet_libraries()
     try:
         train(args)
     except (ValueError, FloatingPointError, OSError) as error:

@@ -82,16 +82,17 @@ def no_worse():
 
     `exact` is the result in float64. Errors are relative to its largest element or, where terms cancel, to `scale`, the
     largest of the terms. The tolerance is half a unit of the dtype, the rounding of the result, where either may be
-    lucky, and `sums` units of float32, because sums are taken in another order.
+    lucky, and `steps` units of float32, because the arithmetic before it is done in another order.
     """
 
-    def check(name, ours, plain, exact, sums=2, scale=0.0):
+    def check(name, ours, plain, exact, steps=4, scale=0.0):
         assert ours.shape == exact.shape and ours.dtype == plain.dtype, f"{name}: {ours.shape} of {ours.dtype}"
         if ours.numel() == 0:
             return
+        tolerance = 0.5 * torch.finfo(ours.dtype).eps + steps * torch.finfo(torch.float32).eps
+        ours, plain, exact = (result.detach().double() for result in (ours, plain, exact))
         scale = max(float(exact.abs().max()), float(scale), torch.finfo(torch.float32).tiny)
-        error, allowed = ((result.double() - exact).abs().max() / scale for result in (ours, plain))
-        tolerance = 0.5 * torch.finfo(ours.dtype).eps + sums * torch.finfo(torch.float32).eps
+        error, allowed = (float((result - exact).abs().max()) / scale for result in (ours, plain))
         assert error <= allowed + tolerance, f"{name}: error {error:.3g}, PyTorch's {allowed:.3g} + {tolerance:.3g}"
 
     return check

@@ -19,9 +19,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _why_not_triton(x, weight):
-    longest = _KERNELS["triton"].MAX_COLS
+    kernel = _KERNELS["triton"]
+    longest = kernel.MAX_TRAINED_COLS if weight.requires_grad else kernel.MAX_COLS
     if x.shape[-1] > longest:
-        return f"its rows have at most {longest} elements, these have {x.shape[-1]}"
+        return f"its rows have at most {longest} elements, and these have {x.shape[-1]}"
     return _why_not_dtype(x, weight)
 
 
@@ -50,7 +51,7 @@ def _setup_context(ctx, inputs, output):
     _, h, rstd = output
     ctx.save_for_backward(x if residual is None else h, weight, rstd)
     ctx.offset, ctx.backend = offset, backend
-    ctx.mark_non_differentiable(rstd)
+    ctx.mark_non_differentiable(*((h, rstd) if residual is None else (rstd,)))
     ctx.set_materialize_grads(False)
 
 

@@ -167,11 +167,11 @@ def _replace_pooling(inner):
         readers.append(encoder.pooler)
     if is_classifier:
         inner.fastft_classifies = True
-        path, child = family.last_block
-        block = encoder.get_submodule(path.format(inner.config.num_hidden_layers - 1))
-        block.fastft_reader = child
-        block.register_forward_pre_hook(packing.tell_reader, with_kwargs=True)
-        readers.append(block.get_submodule(child))
+        layer = encoder.get_submodule(family.layers)[-1]
+        reader = layer.get_submodule(family.after_attention)
+        layer.attention.__dict__["fastft_reader"] = reader  # as an attribute it would become a child
+        layer.attention.register_forward_pre_hook(packing.tell_reader, with_kwargs=True)
+        readers.append(reader)
     for reader in readers:
         reader.fastft_cu_seqlens = None
         reader.register_forward_pre_hook(packing.read_first)

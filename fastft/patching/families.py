@@ -14,9 +14,10 @@ class Family:
     rms_norm: bool = False
     positions_follow_padding: bool = False
     """the first position is padding_idx + 1, not 0"""
-    last_block: tuple[str, str] = ()
-    """of an encoder: the part of the last layer that attends (as a path under the base model, {} being the layer's number),
-    and its child that comes after attention"""
+    layers: str = ""
+    """of an encoder: path of the list of layers under the base model; the part of a layer that attends is `attention`"""
+    after_attention: str = ""
+    """of an encoder: the part of a layer that comes next, and adds the layer's input"""
 
 
 FAMILIES = {
@@ -24,14 +25,17 @@ FAMILIES = {
     "mistral": Family(prefix="Mistral", decoder=True, rms_norm=True),
     "qwen2": Family(prefix="Qwen2", decoder=True, rms_norm=True),
     "qwen3": Family(prefix="Qwen3", decoder=True, rms_norm=True),
-    "bert": Family(prefix="Bert", decoder=False, last_block=("encoder.layer.{}.attention", "output")),
+    "bert": Family(prefix="Bert", decoder=False, layers="encoder.layer", after_attention="attention.output"),
     "roberta": Family(
         prefix="Roberta",
         decoder=False,
         positions_follow_padding=True,
-        last_block=("encoder.layer.{}.attention", "output"),
+        layers="encoder.layer",
+        after_attention="attention.output",
     ),
-    "distilbert": Family(prefix="DistilBert", decoder=False, last_block=("transformer.layer.{}", "sa_layer_norm")),
+    "distilbert": Family(
+        prefix="DistilBert", decoder=False, layers="transformer.layer", after_attention="sa_layer_norm"
+    ),
 }
 
 PACKED_HEADS = ("Model", "ForCausalLM", "ForMaskedLM", "ForTokenClassification", "ForSequenceClassification")

@@ -95,10 +95,12 @@ def _check(module, cu_seqlens, kwargs):
         raise ValueError(f"position_ids: every packed sequence of a {module.config.model_type} must start at {first}")
 
 
-def tell_reader(block, args, kwargs):
-    """Forward pre-hook of the last layer's part that gets the keyword arguments: passes them on to its `read_first`."""
-    reader = getattr(block, block.fastft_reader)
-    reader.fastft_cu_seqlens = kwargs.get("cu_seq_lens_q") if FIRST_TOKENS_ONLY in kwargs else None
+def tell_reader(attention, args, kwargs):
+    """Forward pre-hook of the last layer's attention, which gets the keyword arguments: tells `read_first` after it.
+
+    It is no hook of the layer: activation checkpointing recomputes a layer without running its hooks.
+    """
+    attention.fastft_reader.fastft_cu_seqlens = kwargs.get("cu_seq_lens_q") if FIRST_TOKENS_ONLY in kwargs else None
 
 
 def read_first(module, args):

@@ -13,6 +13,15 @@ RUN_CASES = Path(__file__).with_name("run_cases.py")
 
 
 @pytest.fixture(scope="session")
+def shared_folder():
+    """The folder with data sets and small models, for fixtures that outlive a test."""
+    folder = Path(os.environ.get("FASTFT_SHARED", Path(__file__).parents[3] / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no data folder at {folder}: set FASTFT_SHARED")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def launch(tmp_path_factory):
     """launch(cases, ranks) -> {case: outcome of tests/fastft/run_cases.py}; a hang fails after ten minutes."""
 

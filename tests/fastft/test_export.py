@@ -132,9 +132,8 @@ def test_merge(tiny_llama, tmp_path, dtype):
     merged = load(tmp_path / "merged")
     assert merged.dtype == dtype and not names(tmp_path / "merged") & {"adapter_config.json"}
     error = (logits(merged).double() - exact).abs().max() / exact.abs().max()
-    assert error < (1e-6 if dtype == torch.float32 else 2e-2), (
-        error
-    )  # weights, activations and logits rounded to 8 bits
+    # fp32: (W + BA)x rounds otherwise than Wx + B(Ax); bf16: weights, activations and logits have 8 bits
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2), error
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("1+1=").input_ids == tokenizer("1+1=").input_ids
 
     (tmp_path / "base").rename(tmp_path / "moved")

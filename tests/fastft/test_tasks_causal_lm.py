@@ -104,6 +104,14 @@ def test_evaluation(setup, tokenizer, packing, monkeypatch):
     assert model.training and len(labels) == ds.num_items.sum()
 
 
+def test_evaluation_without_dropout_and_gradients(setup, tokenizer):
+    task, ds, model = setup()
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append((module.training, torch.is_grad_enabled())))
+    task.evaluate(model, [Collator(tokenizer, None, packing=True)(ds.take([0]))])
+    assert seen == [(False, False)] and model.training
+
+
 def test_ignored_examples_do_not_count_in_evaluation(setup, tokenizer):
     task, ds, model = setup()
     collate = Collator(tokenizer, None, packing=False)

@@ -22,7 +22,7 @@ def test_two_ranks(tmp_path, tiny_llama):
         for r, log in enumerate(logs)
     ]
     try:
-        codes = [rank.wait(timeout=120) for rank in ranks]
+        codes = [rank.wait(timeout=600) for rank in ranks]
     finally:
         for rank, log in zip(ranks, logs, strict=True):
             rank.kill()

@@ -12,7 +12,7 @@ ARCHITECTURES = [80, 90, 100]
 
 
 def rms_norm_variants():
-    from fastft_kernels.triton.rms_norm import CONFIG
+    from fastft_kernels.triton.rms_norm import CONFIG, MAX_COLS, MAX_TRAINED_COLS
 
     shared = {"n_rows": "i32", "n_cols": "i32", "offset": "fp32"}
     forward = {
@@ -31,10 +31,11 @@ def rms_norm_variants():
         | {"rstd_ptr": "*fp32", "partial_ptr": "*fp32"},
         "constants": {"HAS_DH": True, "NEEDS_DWEIGHT": True},
     }
-    for cols in (128, 2048, 4096, 16384):
-        block_rows, warps = CONFIG[cols]
-        for kernel in (forward, backward):
-            aligned = [name for name in kernel["signature"] if name.endswith(("_ptr", "_stride", "n_cols"))]
+    frozen = backward | {"constants": {"HAS_DH": True, "NEEDS_DWEIGHT": False}}
+    for kernel, sizes in ((forward, [128, MAX_COLS]), (backward, [128, 2048, MAX_TRAINED_COLS]), (frozen, [MAX_COLS])):
+        aligned = [name for name in kernel["signature"] if name.endswith(("_ptr", "_stride", "n_cols"))]
+        for cols in sizes:
+            block_rows, warps = CONFIG[cols]
             constants = kernel["constants"] | {"BLOCK_ROWS": block_rows, "BLOCK_COLS": cols}
             yield kernel | {"constants": constants, "divisible_by_16": aligned, "num_warps": warps}
 

@@ -61,11 +61,14 @@ def check(no_worse, kernel, x, residual, weight, dy, dh, offset):
     plain = differentiate(h, weight, dy, dh, offset)
     exact = differentiate(h, weight, dy, dh, offset, torch.float64)
     rstd = (h.double().square().mean(-1, keepdim=True) + EPS).rsqrt()
+    # dx is a difference, and dweight a sum over rows, of terms that may cancel.
     no_worse("y", y, plain[0], exact[0])
-    no_worse(
-        "dx", dx, plain[1], exact[1], scale=(rstd * dy * (offset + weight)).abs().max()
-    )  # a difference of such terms
-    no_worse("dweight", dweight, plain[2], exact[2])
+    no_worse("dx", dx, plain[1], exact[1], scale=largest(dy * (offset + weight) * rstd))
+    no_worse("dweight", dweight, plain[2], exact[2], scale=largest(dy * h * rstd))
+
+
+def largest(terms):
+    return float(terms.abs().max()) if terms.numel() else 0.0
 
 
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
@@ -156,7 +159,7 @@ def test_large_values_do_not_overflow(kernel, device, no_worse):
     check(no_worse, kernel, x * 1000, residual * 1000, weight, dy, dh, 0.0)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.integers(1, 70),
     cols=st.integers(1, 300),

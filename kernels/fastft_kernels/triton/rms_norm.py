@@ -1,10 +1,11 @@
 """RMSNorm on the GPU, in Triton. Equation and rounding: reference/rms_norm.py.
 
 x, residual, h, y: [..., cols], one of float32, bfloat16, float16; weight: [cols], any of them; rstd: float32 [rows].
-Any strides; results are contiguous; at most MAX_COLS columns, so that a row fits into the registers of one program.
+Any strides; results are contiguous. A program keeps its rows in registers, which limits the columns: to MAX_COLS, and
+where the weight is trained to MAX_TRAINED_COLS.
 Saved for backward: h (x itself without a residual) and rstd.
 
-    dx = rstd * (g - xhat * mean(g * xhat)) + dh      with g = dy * (offset + weight), xhat = h * rstd
+    dx = g - xhat * mean(g * xhat) + dh               with g = dy * (offset + weight) * rstd, xhat = h * rstd
     dweight = sum over rows of dy * xhat
 
 Bytes moved, for n elements of s bytes: forward 2 n s (4 n s with a residual), backward 3 n s (4 n s with dh).
@@ -29,6 +30,7 @@ CONFIG = {
     16384: (1, 16),
 }
 MAX_COLS = max(CONFIG)
+MAX_TRAINED_COLS = 8192
 PROGRAMS_PER_SM = 4  # of the backward pass with dweight: enough loads in flight, few partial sums
 
 
@@ -101,13 +103,13 @@ def backward_kernel(
         h = tl.load(h_ptr + rows[:, None] * h_stride + cols[None, :], mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + rows, rows < n_rows, other=0.0)[:, None]
 
-        # Read from the cache for each tile, and dy is done with early: otherwise long rows spill.
+        # The weight is read again for each tile, from the cache, and dy is done with early: registers are short.
         scale = offset + tl.load(weight_ptr + cols[None, :], (cols < n_cols)[None, :], other=0.0).to(tl.float32)
         xhat = h * rstd
         if NEEDS_DWEIGHT:
             dweight += dy * xhat
-        g = dy * scale
-        dx = rstd * (g - xhat * (tl.sum(g * xhat, axis=1) / n_cols)[:, None])
+        g = dy * scale * rstd
+        dx = g - xhat * (tl.sum(g * xhat, axis=1) / n_cols)[:, None]
         if HAS_DH:
             dx += tl.load(dh_ptr + rows[:, None] * dh_stride + cols[None, :], mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + rows[:, None] * n_cols + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask)

@@ -1,0 +1,85 @@
+"""Tiny random models of every family, in fp32 and without dropout, and examples for them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+from fastft.data import Collator
+from fastft.patching.families import FAMILIES
+
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,  # large enough that what a layer gets wrong is seen in the logits
+}
+DECODER = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": None, "classifier_dropout": 0.0}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SETTINGS = {
+    "llama": DECODER,
+    "mistral": {**DECODER, "sliding_window": 5},
+    "qwen2": {**DECODER, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3": {**DECODER, "head_dim": 16},
+    "bert": {**SIZES, **NO_DROPOUT},
+    "roberta": {**SIZES, **NO_DROPOUT, "pad_token_id": 1},
+    "distilbert": {
+        "vocab_size": 99,
+        "dim": 32,
+        "hidden_dim": 48,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "seq_classif_dropout": 0.0,
+    },
+}
+
+
+@pytest.fixture
+def tiny():
+    """tiny(family, head, **settings) -> model in training mode; the same arguments give the same weights."""
+
+    def build(family, head=None, **settings):
+        prefix = FAMILIES[family].prefix
+        head = head or ("ForCausalLM" if FAMILIES[family].decoder else "ForMaskedLM")
+        config = getattr(transformers, f"{prefix}Config")(**{**SETTINGS[family], "num_labels": 3, **settings})
+        torch.manual_seed(1)
+        return getattr(transformers, prefix + head)(config).train()
+
+    return build
+
+
+@pytest.fixture
+def examples():
+    """examples(model, labels) -> five examples of 1 to 11 tokens; labels: one of token, class, number."""
+
+    def make(model, labels="token"):
+        generator = torch.Generator().manual_seed(2)
+        lengths = (6, 11, 1, 4, 9)
+        ids = [torch.randint(5, 99, (n,), generator=generator).tolist() for n in lengths]
+        per_example = {"class": [0, 2, 1, 2, 0], "number": [0.5, -1.0, 0.1, 2.0, 0.0]}.get(labels)
+        rows = [
+            {"input_ids": x, "labels": x if per_example is None else y}
+            for x, y in zip(ids, per_example or ids, strict=True)
+        ]
+        if model.config.model_type == "bert":
+            for row in rows:
+                row["token_type_ids"] = (
+                    [0] * 2 + [1] * (len(row["input_ids"]) - 2) if len(row["input_ids"]) > 2 else [0]
+                )
+        return rows
+
+    return make
+
+
+@pytest.fixture
+def collate():
+    """collate(model, examples, packing) -> batch."""
+    return lambda model, rows, packing: Collator(SimpleNamespace(pad_token_id=1), model.config, packing=packing)(rows)
