@@ -7,24 +7,7 @@ pytest-benchmark's table. The ratios, which pair the loops round by round, follo
 import pytest
 
 from benchmarks import _sentiment
-from benchmarks._harness import speedup
-
-
-class Replay:
-    """A clock that stands still except while recorded times are replayed."""
-
-    now = 0.0
-
-    def clock(self):
-        return self.now
-
-    def __call__(self, benchmark, seconds):
-        def advance(by):
-            self.now += by
-
-        durations = iter(seconds)
-        benchmark.pedantic(advance, setup=lambda: ((next(durations),), {}), rounds=len(seconds))
-
+from benchmarks._harness import Replay, speedup
 
 replay = Replay()
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import fastft
 
@@ -114,6 +115,16 @@ def test_import_fastft_is_free():
     code = "import fastft, sys; print(*sorted({'torch', 'transformers', 'deepspeed', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == ""
+
+
+def test_pinned_versions_are_allowed_ones():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {r.name: next(iter(r.specifier)).version for r in map(Requirement, (x for x in lines if x[:1] != "#"))}
+    for requirement in map(Requirement, importlib.metadata.requires("fastft")):
+        if requirement.name != "wandb":  # an extra that CI does not install
+            assert requirement.specifier.contains(pinned[requirement.name]), (
+                f"{requirement} excludes the version pinned"
+            )
 
 
 def readme_tree():

@@ -12,6 +12,7 @@ what they are; saving, PEFT, gradient checkpointing and ZeRO-3 see no difference
 """
 
 import copy
+import inspect
 import types
 from dataclasses import dataclass
 
@@ -136,6 +137,7 @@ def _replace_attention(model, inner):
         module.config = config
     config._attn_implementation = attention.NAME
     for module in {inner.base_model, inner}:
+        module.fastft_arguments = tuple(inspect.signature(module.forward).parameters)
         module.register_forward_pre_hook(packing.enter, with_kwargs=True)
     return inner.config.num_hidden_layers
 

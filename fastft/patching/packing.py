@@ -9,9 +9,6 @@ padded batch. That happens within the last layer, right after attention, for not
 feed-forward network computes n tokens instead of T.
 """
 
-import functools
-import inspect
-
 import torch
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -24,7 +21,7 @@ FIRST_TOKENS_ONLY = "fastft_first_tokens_only"
 
 def enter(module, args, kwargs):
     """Forward pre-hook of the base model and of the model around it: recognises packed rows and checks them."""
-    kwargs = {**dict(zip(_argument_names(type(module)), args, strict=False)), **kwargs}
+    kwargs = {**dict(zip(module.fastft_arguments, args, strict=False)), **kwargs}
     if kwargs.get("output_attentions"):
         raise ValueError(
             "output_attentions=True: fused attention keeps no probabilities; call fastft.unpatch(model) first"
@@ -43,11 +40,6 @@ def enter(module, args, kwargs):
     if getattr(module, "pooler", None) is not None:
         module.pooler.fastft_cu_seqlens = None if FIRST_TOKENS_ONLY in kwargs else cu_seqlens
     return (), kwargs
-
-
-@functools.cache
-def _argument_names(cls):
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
 def _recognise(module, kwargs):

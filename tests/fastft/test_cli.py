@@ -4,11 +4,14 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fastft import cli, launch
-from fastft.arguments import Arguments
+from fastft.arguments import Arguments, parse_arguments
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 # Written twice on purpose: a flag that is added, renamed or dropped changes what people's scripts and recipes mean.
 FLAGS = """
@@ -100,6 +103,13 @@ def test_no_command_shows_the_commands(capsys):
     assert code == 2 and all(name in out for name in ("train", "predict", "eval", "merge", "doctor"))
 
 
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_complete_but_for_the_model_and_the_data(path):
+    args = parse_arguments(["--config", str(path), "--model_name_or_path", "x", "--train_file", "x.jsonl"])
+    assert args.output_dir == f"outputs/{path.stem}" and args.task
+    assert f"--config recipes/{path.name}" in path.read_text()
+
+
 @pytest.fixture
 def started(monkeypatch):
     """started(*argv) -> (command line, environment) that `fastft train` turns into, on a machine without a GPU."""
@@ -126,7 +136,7 @@ def test_a_cpu_gets_one_rank_with_all_cores(started):
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
     assert flag(command, "--num_accelerators") == "1" and 0 < int(flag(command, "--master_port")) < 65536
     assert environment["DS_ACCELERATOR"] == "cpu" and "OMP_NUM_THREADS" not in environment
-    script = command.index(str(cli.Path(cli.__file__).with_name("train.py")))
+    script = command.index(str(Path(cli.__file__).with_name("train.py")))
     assert command[script + 1 :] == ["--max_steps", "3", "--lora_target_modules", "q_proj", "v_proj"]
 
 

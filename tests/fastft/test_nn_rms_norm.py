@@ -37,9 +37,9 @@ def test_equals_transformers(backend, theirs, offset, dtype):
     x = torch.randn(4, 7, 96).to(dtype).requires_grad_()
     dy = torch.randn(4, 7, 96).to(dtype)
     expected, y = theirs(x), ours(x)
-    # One unit of the dtype: the kernels add the squares of a row in another order.
-    unit = 0 if backend == "reference" else torch.finfo(dtype).eps
-    torch.testing.assert_close(y, expected, rtol=unit, atol=0 if backend == "reference" else 1e-7)
+    # The kernels add the squares of a row in another order: a few units in float32, where rounding flips two in half.
+    near = 1e-6 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y, expected, rtol=0 if backend == "reference" else near, atol=0)
     gradients = [
         torch.autograd.grad(result, (x, layer.weight), dy) for result, layer in ((y, ours), (expected, theirs))
     ]

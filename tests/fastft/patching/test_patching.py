@@ -1,0 +1,294 @@
+"""fastft.patch and fastft.unpatch: the same results on padded batches and in generation, and nothing left behind."""
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+import fastft
+from fastft.patching import attention, why_not
+from fastft.patching.families import FAMILIES
+
+DECODERS = [name for name, family in FAMILIES.items() if family.decoder]
+
+
+def padded(model, examples, side="right"):
+    """input_ids and attention_mask of the examples, padded."""
+    rows = [row["input_ids"] for row in examples(model)]
+    longest = max(map(len, rows))
+    pad = lambda row, fill: (
+        [fill] * (longest - len(row)) * (side == "left") + row + [fill] * (longest - len(row)) * (side == "right")
+    )
+    ids = [pad(row, model.config.pad_token_id) for row in rows]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor([pad([1] * len(row), 0) for row in rows])}
+
+
+def results(model, batch):
+    """Logits of the real tokens, and the gradients of a random function of them."""
+    model.zero_grad()
+    logits = model(**batch).logits
+    if logits.dim() == 3:
+        logits = logits[batch["attention_mask"].bool()] if "attention_mask" in batch else logits.flatten(0, 1)
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4))
+    (logits * weights).sum().backward()
+    return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def assert_close(actual, expected):
+    scale = max(x.abs().max() for x in expected[1:]) / 100
+    for x, y in zip(actual, expected, strict=True):
+        assert x.shape == y.shape and (x - y).abs().max() <= 1e-5 * max(y.abs().max(), scale)
+
+
+@pytest.mark.parametrize("side", ["right", "left", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_batches(family, side, tiny, examples):
+    if side == "left" and not FAMILIES[family].decoder:
+        pytest.skip("positions of an encoder count from the left edge")
+    model = tiny(family)
+    batch = padded(model, examples, "left" if side == "left" else "right")
+    if side == "none":
+        batch = {"input_ids": batch["input_ids"][:2, :6]}
+    expected = results(model, batch)
+    fastft.patch(model, verbose=False)
+    assert_close(results(model, batch), expected)
+
+
+@pytest.mark.parametrize("family", ["mistral", "bert"])
+def test_masks_that_the_user_made(family, tiny, examples):
+    """4-D masks, which may allow anything, and a 2-D mask with gaps."""
+    model = tiny(family)
+    ids = padded(model, examples)["input_ids"]
+    allowed = torch.rand(len(ids), 1, 11, 11) > 0.5
+    allowed |= torch.eye(11, dtype=torch.bool)
+    gaps = torch.ones_like(ids)
+    gaps[:, 3] = gaps[1, 7] = 0
+    masks = [allowed, torch.where(allowed, 0.0, torch.finfo(torch.float32).min)] + [gaps] * (family == "bert")
+    expected = [model(ids, attention_mask=mask).logits for mask in masks]
+    fastft.patch(model, verbose=False)
+    for mask, wanted in zip(masks, expected, strict=True):
+        real = gaps.bool() if mask is gaps else ...
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits[real], wanted[real], rtol=1e-5, atol=1e-5)
+    if family == "mistral":
+        with pytest.raises(ValueError, match="attention_mask has gaps"):
+            model(ids, attention_mask=gaps)
+
+
+@pytest.mark.parametrize(("family", "cache"), [*((name, "dynamic") for name in DECODERS), ("mistral", "static")])
+def test_generation_gives_the_same_tokens(family, cache, tiny, examples):
+    """Greedy, left-padded, past the sliding window."""
+    model = tiny(family).eval()
+    batch = padded(model, examples, "left")
+    run = lambda: model.generate(**batch, max_new_tokens=8, do_sample=False, cache_implementation=cache)
+    expected = run()
+    fastft.patch(model, verbose=False)
+    assert torch.equal(run(), expected)
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", None])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "bert", "distilbert"])
+def test_unpatch_leaves_nothing_behind(family, head, tiny, examples):
+    model = tiny(family, head)
+    batch = padded(model, examples)
+    expected = results(model, batch)
+    traces = lambda: [(set(m.__dict__), list(m._forward_pre_hooks), list(m._forward_hooks)) for m in model.modules()]
+    implementation, before, names = model.config._attn_implementation, traces(), list(model.state_dict())
+    fastft.patch(model, verbose=False)
+    assert list(model.state_dict()) == names and traces() != before
+    fastft.unpatch(model)
+    assert traces() == before and model.config._attn_implementation == implementation
+    assert all(torch.equal(x, y) for x, y in zip(results(model, batch), expected, strict=True))
+    fastft.unpatch(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("order", ["patch, then adapt", "adapt, then patch"])
+def test_peft(family, order, tiny, examples):
+    def adapt(model):
+        torch.manual_seed(5)
+        config = LoraConfig(r=4, target_modules=["q_proj", "down_proj", "query", "value"], init_lora_weights=False)
+        return get_peft_model(model, config)
+
+    model = adapt(tiny(family))
+    batch = padded(model, examples)
+    expected = results(model, batch)
+    model = tiny(family)
+    if order == "adapt, then patch":
+        model = adapt(model)
+        report = fastft.patch(model, verbose=False)
+    else:
+        report = fastft.patch(model, verbose=False)
+        model = adapt(model)
+    assert report.replaced["attention"] == 2
+    assert fastft.patch(model, verbose=False) is report
+    assert_close(results(model, batch), expected)
+    merged = copy.deepcopy(model).merge_and_unload()
+    torch.testing.assert_close(merged(**batch).logits, model(**batch).logits, rtol=1e-3, atol=1e-4)
+    fastft.unpatch(model)
+    assert all(torch.equal(x, y) for x, y in zip(results(model, batch), expected, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_gradient_checkpointing(family, reentrant, tiny, examples):
+    """The same gradients, from layers that are really computed twice."""
+    model = tiny(family)
+    batch = padded(model, examples)
+    fastft.patch(model, verbose=False)
+    expected = results(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    calls = []
+    part = next(m for m in model.modules() if type(m).__name__.endswith("Attention"))
+    part.register_forward_hook(lambda *_: calls.append(1))
+    assert_close(results(model, batch), expected)
+    assert len(calls) == 2
+
+
+def test_other_models_are_left_alone(tiny, examples):
+    """Models built from the same config object, classes, and what is saved."""
+    config = tiny("llama").config
+    first, second = transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config)
+    fastft.patch(first, verbose=False)
+    assert (
+        second.config._attn_implementation == config._attn_implementation == "sdpa" != first.config._attn_implementation
+    )
+    assert "forward" not in second.model.norm.__dict__ and not second.model._forward_pre_hooks
+    assert all(m.config is first.config for m in first.modules() if hasattr(m, "config"))
+
+
+def test_saved_models_load_without_fastft(tiny, examples, tmp_path):
+    model = tiny("qwen3")
+    batch = padded(model, examples)
+    fastft.patch(model, verbose=False)
+    model.save_pretrained(tmp_path)
+    assert "fastft" not in (tmp_path / "config.json").read_text()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config._attn_implementation == "sdpa"
+    assert_close(results(again, batch), results(model, batch))
+
+
+def test_a_copy_is_patched_on_its_own(tiny, examples):
+    model = tiny("bert", "ForSequenceClassification")
+    batch = padded(model, examples)
+    fastft.patch(model, verbose=False)
+    expected = results(model, batch)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_close(results(twin, batch), expected)
+    fastft.unpatch(twin)
+    assert twin.config._attn_implementation == "sdpa" and model.config._attn_implementation == attention.NAME
+    assert model.base_model._forward_pre_hooks and not twin.base_model._forward_pre_hooks
+
+
+def test_training_gives_the_same_curve(tiny, examples, collate):
+    """32 steps of AdamW, unpatched on padded and patched on packed batches."""
+    curves = []
+    for packing in (False, True):
+        model = tiny("llama")
+        if packing:
+            fastft.patch(model, verbose=False)
+        batch = collate(model, examples(model), packing)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses = []
+        for _ in range(32):
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        curves.append(torch.tensor(losses))
+    assert curves[0][-1] < 0.1 * curves[0][0]
+    torch.testing.assert_close(*curves, rtol=1e-3, atol=1e-4)
+
+
+def test_dropout_is_replaced(tiny, examples):
+    """Other masks than torch's, of the same distribution; none in evaluation."""
+    model = tiny("bert", "ForSequenceClassification", hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    batch = padded(model, examples)
+    many = {name: x.repeat(200, 1) for name, x in batch.items()}
+    exact = model.eval()(**batch).logits
+    with torch.no_grad():
+        before = model.train()(**many).logits.view(200, 5, 3)
+        report = fastft.patch(model, verbose=False)
+        after = model(**many).logits.view(200, 5, 3)
+    assert report.replaced["dropout"] == 6
+    torch.testing.assert_close(model.eval()(**batch).logits, exact, rtol=1e-5, atol=1e-5)
+    spread = (before.var(0) + after.var(0)).sqrt() / 200**0.5
+    assert ((before.mean(0) - after.mean(0)).abs() < 5 * spread).all()
+    torch.testing.assert_close(before.std(0), after.std(0), rtol=0.35, atol=0)
+
+
+def test_half_precision_on_a_cpu_without_it(tiny, examples, monkeypatch):
+    monkeypatch.setattr("fastft.patching.native", lambda dtype: dtype == torch.float32)
+    model = tiny("llama").bfloat16()
+    batch = padded(model, examples)
+    expected = results(model, batch)
+    assert fastft.patch(model, verbose=False).replaced["linear"] == 15
+    for x, y in zip(results(model, batch), expected, strict=True):
+        assert (x - y).abs().max() <= 0.05 * max(y.abs().max(), 0.01 * max(z.abs().max() for z in expected[1:]))
+    assert "linear" not in fastft.patch(tiny("llama"), verbose=False).replaced
+
+
+def test_report(tiny, capsys):
+    model = tiny("distilbert", "ForSequenceClassification", dropout=0.1)
+    report = fastft.patch(model)
+    assert report.replaced == {"attention": 2, "dropout": 3, "pooling": 1}
+    assert report.kept == {"norm": "LayerNorm has no kernel yet"} and report.packing is None
+    assert json.loads(json.dumps(report.as_dict())) == report.as_dict()
+    text = "fastft patched DistilBertForSequenceClassification: attention (2), dropout (3), pooling (1)\n"
+    text += "  kept norm: LayerNorm has no kernel yet\n  packed rows: yes"
+    assert str(report) == text and capsys.readouterr().out == text + "\n"
+    assert fastft.patch(model, verbose=False) is report and capsys.readouterr().out == ""
+
+
+def test_a_backend_that_was_asked_for(tiny, examples):
+    """Roles without such a kernel stay transformers' own; the model runs, on padded batches."""
+    model = tiny("llama")
+    batch = padded(model, examples)
+    expected = results(model, batch)
+    with fastft.backend("triton"):
+        report = fastft.patch(model, verbose=False)
+    assert report.kept["attention"] == "attention has no triton kernel"
+    assert report.packing == "attention is kept: attention has no triton kernel"
+    assert model.config._attn_implementation == "sdpa"
+    assert_close(results(model, batch), expected)
+    with fastft.backend("triton"), pytest.raises(fastft.BackendError, match="attention has no triton kernel"):
+        other = tiny("llama")
+        with fastft.backend("reference"):
+            fastft.patch(other, verbose=False)
+        other(**batch)
+
+
+def test_what_cannot_be_patched(tiny):
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=9))
+    with pytest.raises(
+        ValueError, match="'gpt2' is not one of .* llama, mistral, qwen2, qwen3, bert, roberta, distilbert"
+    ):
+        fastft.patch(gpt2)
+    assert "'gpt2'" in why_not(gpt2.config) and why_not(tiny("llama").config) is None
+    with pytest.raises(ValueError, match="None is not one of"):
+        fastft.patch(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="is_decoder"):
+        fastft.patch(
+            transformers.BertLMHeadModel(
+                transformers.BertConfig(**{**tiny("bert").config.to_dict(), "is_decoder": True})
+            )
+        )
+    model = tiny("llama")
+    model.model.norm.forward = lambda x: x
+    with pytest.raises(ValueError, match="something else has replaced the forward of model.norm"):
+        fastft.patch(model)
+    assert "_fastft_patch" not in model.__dict__ and model.config._attn_implementation == "sdpa"
+
+
+def test_attentions_cannot_be_returned(tiny):
+    model = tiny("bert")
+    fastft.patch(model, verbose=False)
+    with pytest.raises(ValueError, match="output_attentions=True"):
+        model(torch.tensor([[5, 6]]), output_attentions=True)
