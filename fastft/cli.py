@@ -6,30 +6,16 @@ once. Exit codes: 0 when all was done, 2 for input that cannot be used, 1 for an
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
 from pathlib import Path
 
 from fastft import __version__
-from fastft.arguments import Arguments, build_parser, parse_arguments
-from fastft.launch import LAUNCHER_OPTIONS, add_launcher_options, launch
+from fastft.arguments import Arguments, Parser, build_parser, nearest, parse_arguments
+from fastft.launch import add_launcher_options, launch
 
 COLUMNS = ("text_column", "text_pair_column", "label_column", "prompt_column", "completion_column")
 RETOLD = (*COLUMNS, "max_length", "kernels")  # arguments of the training run that `predict` and `eval` may replace
-
-
-class Parser(argparse.ArgumentParser):
-    """Answers a mistake with one sentence that suggests the nearest name, and exit code 2."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-    def parse_args(self, args=None, namespace=None):
-        for flag in (arg.split("=")[0] for arg in args if arg.startswith("--")):
-            if flag not in self._option_string_actions:
-                self.error(f"unknown argument {flag}" + _nearest(flag, self._option_string_actions))
-        return super().parse_args(args, namespace)
 
 
 def main(argv=None):
@@ -45,7 +31,7 @@ def main(argv=None):
     for name, command in commands.items():
         listed.add_argument(name, nargs="?", help=command.__doc__.splitlines()[0])
     if argv and not argv[0].startswith("-"):
-        parser.error(f"unknown command {argv[0]}" + _nearest(argv[0], commands))
+        parser.error(f"unknown command {argv[0]}" + nearest(argv[0], commands))
     parser.parse_args(argv)
     parser.print_help()
     return 2
@@ -54,20 +40,13 @@ def main(argv=None):
 def train(argv):
     """Fine-tune a model on a file, with DeepSpeed's launcher; without either, a demonstration."""
     prog = "fastft train"
+    parser = build_parser(prog)
     title = "launcher (DeepSpeed's; more of them through `deepspeed OPTIONS fastft/train.py ...`)"
-    if {"-h", "--help"} & set(argv):
-        parser = build_parser(prog)
-        add_launcher_options(parser.add_argument_group(title))
-        parser.print_help()
-        return 0
-    parser = _parser(prog, add_help=False, argument_default=argparse.SUPPRESS)
-    add_launcher_options(parser)
-    options, rest = parser.parse_known_args(argv)
-    names = {f.name for f in dataclasses.fields(Arguments)} | {"config"}
-    for flag in rest:
-        near = _nearest(flag, LAUNCHER_OPTIONS, cutoff=0.8)
-        if near and flag.startswith("--") and _bare(flag) not in names:
-            raise ValueError(f"unknown argument {flag}{near}")
+    add_launcher_options(parser.add_argument_group(title))
+    parser.parse_args(argv)  # answers --help and unknown names of either kind
+    launcher = Parser(prog=prog, add_help=False, allow_abbrev=False)
+    add_launcher_options(launcher)
+    options, rest = launcher.parse_known_args(argv)
     parse_arguments(rest, prog)
     launch(Path(__file__).with_name("train.py"), rest, vars(options))
 
@@ -168,14 +147,3 @@ def _add_model_and_file(parser):
 
 def _retold(args):
     return {name: getattr(args, name) for name in RETOLD if getattr(args, name) is not None}
-
-
-def _bare(flag):
-    return flag.lstrip("-").split("=")[0].replace("-", "_")
-
-
-def _nearest(name, names, cutoff=0.6):
-    """What to add to a sentence about an unknown name: the one of `names` that looks like it, or nothing."""
-    dashes = "--" if name.startswith("-") else ""
-    near = difflib.get_close_matches(_bare(name), [_bare(n) for n in names], n=1, cutoff=cutoff)
-    return f": did you mean {dashes}{near[0]}?" if near else ""

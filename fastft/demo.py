@@ -17,6 +17,10 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from fastft.arguments import Arguments
 
+NEXT = (
+    "That was the demonstration. Next, your own: fastft train --model_name_or_path FOLDER --train_file FILE "
+    "(add --use_peft true for LoRA; recipes/ holds complete runs)"
+)
 COMMANDS = {"ascending": False, "descending": True}  # word -> is the order reversed
 SHORTEST, LONGEST = 4, 8
 TRAIN_ROWS, VALIDATION_ROWS = 6400, 256

@@ -51,6 +51,8 @@ def init_ranks():
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:  # each rank of this machine would take all of its cores
+            torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("LOCAL_SIZE", "1"))))
     if "RANK" not in os.environ and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # no launcher, so no port either

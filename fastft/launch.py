@@ -28,8 +28,7 @@ def add_launcher_options(parser):
     """Adds the flags above to a parser or group; those that are not given leave no trace in the result."""
     for name, (kind, metavar, help) in LAUNCHER_OPTIONS.items():
         how = {"action": "store_true"} if kind is None else {"type": kind, "metavar": metavar}
-        flags = [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
-        parser.add_argument(*flags, dest=name, help=help, default=argparse.SUPPRESS, **how)
+        parser.add_argument(f"--{name}", help=help, default=argparse.SUPPRESS, **how)
 
 
 def launch(script, arguments, options):

@@ -187,6 +187,7 @@ class Recorder:
             "peak_memory_bytes": peak.item(),
             **results,
         }
+        file = self.args.test_file or self.args.validation_file or "FILE"
         if self.ranks.first:
             self._file.close()
             for sink in self._sinks:
@@ -197,7 +198,7 @@ class Recorder:
             self._screen.print(
                 f"{_listed(results)}\n"
                 f"The model is in {self.output_dir}\n"
-                f"Use it: fastft predict --model {self.output_dir} --file FILE"
+                f"Use it: fastft predict --model {self.output_dir} --file {file}"
             )
         return results
 

@@ -43,7 +43,7 @@ def evaluate(model_dir, file, *, batch_size=16, retold=None):
     """{metric: value} of a trained model on a file with labels or answers. Raises ValueError as `predict` does."""
     _check_batch_size(batch_size)
     open_file(file, "--file")
-    model, tokenizer, task = _load(model_dir, validation_file=str(file), **(retold or {}))
+    model, tokenizer, task = _load(model_dir, validation_file=str(file), max_eval_samples=None, **(retold or {}))
     dataset = task.load_data(tokenizer)["validation"]
     batches = eval_batches(dataset, Collator(tokenizer, model.config, packing=False), batch_size, 0, 1)
     return task.evaluate(model, (_to(batch, model.device) for batch in batches))

@@ -136,6 +136,8 @@ def train(args):
     if "test" in splits:
         results |= evaluate("test", "test")
     save_model(engine, output_dir, tokenizer)
+    if is_demo:
+        recorder.note(demo.NEXT)
     del sharded_loading
     return recorder.finish({**results, "skipped_steps": engine.skipped_steps})
 

@@ -89,9 +89,10 @@ def real_tokens(mask, windowed):
 
     Read from the device once per mask, which all layers of a forward share.
     """
-    if mask not in _real_tokens:
-        _real_tokens[mask] = _find_real_tokens(mask)
-    found, gaps = _real_tokens[mask]
+    version = None if mask.is_inference() else mask._version
+    if mask not in _real_tokens or _real_tokens[mask][0] != version:
+        _real_tokens[mask] = version, *_find_real_tokens(mask)
+    _, found, gaps = _real_tokens[mask]
     if gaps and windowed:
         raise ValueError(
             "attention_mask has gaps within an example, which a sliding window cannot pass over: pad at the ends"

@@ -22,23 +22,24 @@ FIRST_TOKENS_ONLY = "fastft_first_tokens_only"
 def enter(module, args, kwargs):
     """Forward pre-hook of the base model and of the model around it: recognises packed rows and checks them."""
     kwargs = {**dict(zip(module.fastft_arguments, args, strict=False)), **kwargs}
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions") or module.config.output_attentions:
         raise ValueError(
             "output_attentions=True: fused attention keeps no probabilities; call fastft.unpatch(model) first"
         )
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
         cu_seqlens = _recognise(module, kwargs)
-    if cu_seqlens is not None:
-        kwargs.update(cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens)
-        if family_of(module.config).decoder and kwargs.get("use_cache") is None:
-            kwargs["use_cache"] = False  # else keys and values would be copied into a cache that nobody reads
-        if module.base_model is module and not torch.compiler.is_compiling():
-            _check(module, cu_seqlens, kwargs)
-        if hasattr(module, "fastft_classifies"):
-            kwargs[FIRST_TOKENS_ONLY] = True
     if getattr(module, "pooler", None) is not None:
         module.pooler.fastft_cu_seqlens = None if FIRST_TOKENS_ONLY in kwargs else cu_seqlens
+    if cu_seqlens is None:
+        return None
+    kwargs.update(cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens)
+    if family_of(module.config).decoder and kwargs.get("use_cache") is None:
+        kwargs["use_cache"] = False  # else keys and values would be copied into a cache that nobody reads
+    if hasattr(module, "fastft_classifies"):
+        kwargs[FIRST_TOKENS_ONLY] = True
+    if module.base_model is module and not torch.compiler.is_compiling():
+        _check(module, cu_seqlens, kwargs)
     return (), kwargs
 
 

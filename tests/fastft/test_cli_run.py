@@ -21,7 +21,8 @@ def adapter(tmp_path_factory, tiny_llama, sums_file):
     """The output folder of a short LoRA run on one rank."""
     folder = tmp_path_factory.mktemp("run") / "out"
     arguments = ["--model_name_or_path", tiny_llama, "--train_file", sums_file, "--validation_file", sums_file]
-    done = fastft_train(*arguments, "--output_dir", str(folder), "--use_peft", "true", "--max_steps", "2")
+    arguments += ["--max_steps", "2", "--max_eval_samples", "10", "--use_peft", "true"]
+    done = fastft_train(*arguments, "--output_dir", str(folder))
     assert done.returncode == 0, done.stderr
     assert f"fastft predict --model {folder}" in done.stdout
     assert json.loads((folder / "run.json").read_text())["world_size"] == 1
@@ -61,11 +62,16 @@ def test_predict_names_file_and_row_and_leaves_nothing(adapter, tmp_path, capsys
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-def test_eval_repeats_the_evaluation_of_training(adapter, sums_file, capsys):
-    code, out, err = run(capsys, "eval", "--model", str(adapter), "--file", sums_file)
-    assert code == 0, err
-    expected = json.loads((adapter / "all_results.json").read_text())
-    assert json.loads(out)["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+def test_eval_repeats_the_evaluation_of_training(adapter, sums_file, tmp_path, capsys):
+    first_ten, of_training = tmp_path / "ten.jsonl", json.loads((adapter / "all_results.json").read_text())["eval_loss"]
+    first_ten.write_text("".join(Path(sums_file).read_text().splitlines(keepends=True)[:10]))
+    losses = []
+    for file in (first_ten, sums_file):
+        code, out, err = run(capsys, "eval", "--model", str(adapter), "--file", str(file))
+        assert code == 0, err
+        losses.append(json.loads(out)["eval_loss"])
+    assert losses[0] == pytest.approx(of_training, rel=1e-5)
+    assert losses[1] != losses[0]  # training's limit on the number of rows does not hold here
 
 
 def test_merge_writes_a_plain_model(adapter, tmp_path, capsys):

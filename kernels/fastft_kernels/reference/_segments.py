@@ -27,6 +27,7 @@ class Mask:
     """bool [n, 1, queries, 1]: queries that see nothing. `allowed` opens all keys to them, so that softmax is finite"""
 
     @cached_property
+    @torch.inference_mode(False)
     def bias(self):
         """`allowed` as 0 and -inf, or None."""
         allowed = self.allowed
@@ -100,14 +101,16 @@ def _lengths(cu_seqlens):
     """Lengths as a tuple. An accelerator is asked once per tensor, not once per layer: asking waits for it."""
     if cu_seqlens.device.type == "cpu":
         return tuple(cu_seqlens.diff().tolist())
-    version, lengths = _read_back.get(cu_seqlens, (None, None))
-    if version != cu_seqlens._version:
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    known, lengths = _read_back.get(cu_seqlens, (None, None))
+    if lengths is None or known != version:
         lengths = tuple(cu_seqlens.diff().tolist())
-        _read_back[cu_seqlens] = cu_seqlens._version, lengths
+        _read_back[cu_seqlens] = version, lengths
     return lengths
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)  # what is kept may serve a training step next
 def _plan(lengths_q, lengths_k, heads_q, heads_k, left, right, multiple, device):
     groups = _group(lengths_q, lengths_k, heads_q)
     same = lengths_q == lengths_k

@@ -204,18 +204,38 @@ def test_two_forwards_before_one_backward_under_checkpointing(family, tiny, exam
     assert_close(gradients(model), wanted)
 
 
-@pytest.mark.parametrize(("family", "head"), [("llama", "ForCausalLM"), ("bert", "ForSequenceClassification")])
-def test_compiles_without_a_graph_break(family, head, tiny, examples, collate):
-    model = tiny(family, head)
+@pytest.mark.parametrize(
+    ("family", "dropout"), [("llama", "attention_dropout"), ("bert", "attention_probs_dropout_prob")]
+)
+def test_compiles_without_a_graph_break(family, dropout, tiny, examples, collate):
+    """Attention drops the same scores, compiled or not: it draws one seed per layer."""
+    head = "ForCausalLM" if family == "llama" else "ForSequenceClassification"
+    model = tiny(family, head, **{dropout: 0.3})
     fastft.patch(model, verbose=False)
     batch = collate(model, examples(model, "token" if head == "ForCausalLM" else "class"), True)
-    model(**batch).loss.backward()
-    expected, wanted = model(**batch).loss, gradients(model)
-    model.zero_grad()
-    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(**batch).loss
-    loss.backward()
+    results = []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        torch.manual_seed(6)
+        loss = run(**batch).loss
+        loss.backward()
+        results.append((loss, gradients(model)))
+    (expected, wanted), (loss, actual) = results
     assert_close([loss], [expected])
-    assert_close(gradients(model), wanted)
+    assert_close(actual, wanted)
+
+
+def test_evaluation_in_inference_mode_spoils_no_training_step(tiny, examples, collate):
+    """How a batch is cut up is remembered from one call to the next."""
+    model = tiny("bert")
+    fastft.patch(model, verbose=False)
+    for packing in (True, False):
+        batch = collate(model, examples(model), packing)
+        with torch.inference_mode():
+            expected = model(**batch).loss
+        loss = model(**batch).loss
+        loss.backward()
+        assert torch.equal(loss, expected)
 
 
 def test_bad_packed_rows(tiny, examples, collate):
