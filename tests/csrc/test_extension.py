@@ -50,6 +50,15 @@ def test_rounds_as_torch_does(isa, dtype):
         assert torch.equal(ours.view(torch.int16)[kept], expected.view(torch.int16)[kept])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounds_within_a_kernel_as_torch_does(isa, dtype):
+    """A value that is rounded without being stored, as in Llama's norm; a million products hold about a hundred ties."""
+    x = torch.randn(512, 2048).to(dtype)
+    x[:256] *= 2.0**-20
+    y, _, rstd = rms_norm.forward(x, torch.ones_like(x[0]), 1.0, 0.0, None)
+    assert torch.equal(y, (x.float() * rstd[:, None]).to(dtype))
+
+
 def test_instruction_sets_are_named():
     names = extension.C.isas()
     assert names == ["scalar", "avx2", "avx512"][: len(names)]

@@ -150,6 +150,7 @@ def test_frozen_weight_costs_no_gradient(kernel, device):
     assert torch.equal(dx, dx_alone)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, in the interpreter
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_values(kernel, device, dtype):
     """NaN and infinity stay in their row; a row of zeros gives zeros and a finite gradient."""
