@@ -92,6 +92,39 @@ def test_classification_learns_and_leaves_everything(run, tiny_bert, colours):
     assert model.config.id2label == {0: "blue", 1: "red"}
 
 
+def test_sentence_pairs(run, tiny_bert, tmp_path):
+    """Two texts and a label in each row: the label says whether they begin alike, so one text alone tells nothing."""
+    rows = [f"{a} {a * 3}\t{b} {b * 2}\t{'same' if a == b else 'other'}" for a in "abcdefgh" for b in "abcdefgh" * 2]
+    rows += [f"{a}\t{a}\tsame" for a in "abcdefgh" * 8]
+    file = tmp_path / "pairs.tsv"
+    file.write_text("sentence1\tsentence2\tlabel\n" + "\n".join(rows))
+    results, folder = run(
+        model_name_or_path=tiny_bert,
+        train_file=str(file),
+        validation_file=str(file),
+        learning_rate=3e-3,
+        num_train_epochs=2,
+    )
+    assert set(results["eval_per_class"]) == {"other", "same"} and results["eval_accuracy"] > 0.6
+    first, last = (json.loads((folder / "metrics.jsonl").read_text().splitlines()[i])["loss"] for i in (0, -2))
+    assert last < first
+
+
+def test_seventy_seven_classes(run, tiny_bert, shared):
+    data = shared / "data" / "banking77"
+    results, folder = run(
+        model_name_or_path=tiny_bert,
+        train_file=str(data / "train.csv"),
+        validation_file=str(data / "test.csv"),
+        max_steps=3,
+        max_eval_samples=64,
+    )
+    assert len(results["eval_per_class"]) == 77
+    assert (
+        json.loads((folder / "config.json").read_text())["id2label"]["76"] == "wrong_exchange_rate_for_cash_withdrawal"
+    )
+
+
 @pytest.mark.parametrize("use_peft", [False, True])
 def test_the_saved_model_has_the_last_evaluation_loss(run, tiny_llama, sums_file, use_peft):
     from fastft.data import Collator, eval_batches
