@@ -26,7 +26,7 @@ from fastft import demo
 from fastft.arguments import parse_arguments
 from fastft.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from fastft.data import Collator, StepPlan, eval_batches
-from fastft.engine import backward, build_engine, choose_dtype, deepspeed_config, init_ranks
+from fastft.engine import backward, build_engine, choose_dtype, deepspeed_config, init_ranks, leave
 from fastft.export import save_model
 from fastft.metrics import Recorder, check_output_dir
 from fastft.models import load_model, load_tokenizer, patch_model
@@ -209,11 +209,8 @@ def main(argv=None):
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # the other ranks of this machine say the same
             print(f"fastft train: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -34,6 +34,21 @@ if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
     load("interpreter_bf16").repair()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    """A process that holds a gloo group ends as training does: torn down by the interpreter, it may abort."""
+    import torch.distributed as dist
+
+    if dist.is_initialized() and hasattr(config, "exit_status"):
+        from fastft.engine import leave
+
+        leave(config.exit_status)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    session.config.exit_status = int(exitstatus)
+
+
 def pytest_report_header():
     import fastft
     import fastft_kernels

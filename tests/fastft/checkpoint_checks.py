@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from fastft import checkpoint
 from fastft.arguments import Arguments
 from fastft.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
-from fastft.engine import backward, build_engine, deepspeed_config, init_ranks
+from fastft.engine import backward, build_engine, deepspeed_config, init_ranks, leave
 from fastft.export import save_model
 
 STEPS = 3
@@ -307,6 +307,8 @@ def main(out):
         outcomes[name] = next((f"rank {r}: {text}" for r, text in enumerate(gathered) if text), None)
     if ranks.first:
         (out / "outcomes.json").write_text(json.dumps(outcomes))
+    dist.barrier()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,10 @@ def poison(step, rank):
 
 def main(cases_file, out_dir):
     torch.set_num_threads(1)
+    import torch.distributed as dist
+
     from fastft.arguments import Arguments
+    from fastft.engine import leave
     from fastft.train import train
 
     for name, case in json.loads(Path(cases_file).read_text()).items():
@@ -46,6 +49,8 @@ def main(cases_file, out_dir):
             undo()
         if os.environ["RANK"] == "0":
             (Path(out_dir) / f"{name}.json").write_text(json.dumps(outcome))
+    dist.barrier()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from fastft.arguments import Arguments
 from fastft.data import Collator, build, eval_batches
+from fastft.engine import leave
 from fastft.tasks import get_task
 
 FILES = {
@@ -64,7 +65,8 @@ def main(folder, tokenizer):
     counts = [None] * world_size
     dist.all_gather_object(counts, len(assembled))
     assert sum(counts) == len(FILES), f"each file is tokenised by one rank alone, not {counts}"
-    dist.destroy_process_group()
+    dist.barrier()
+    leave(0)
 
 
 def evaluate_alone(task, model, ds, collate):
