@@ -85,9 +85,10 @@ class Recorder:
                 self._sinks.append(WeightsAndBiases(args))
         self._mark = time.perf_counter()
 
-    def describe(self, *, dtype, packing, splits, plan, model, patch, report, model_kwargs=None):
+    def describe(self, *, task, dtype, packing, splits, plan, model, patch, report, model_kwargs=None):
         """Prints what was decided and writes run.json.
 
+        task: what is learnt, and why it was taken to be that.
         patch, report: the patch report as text and as a dict. model_kwargs: what the task gave the model's constructor,
         with which an adapter's base model is made again.
         """
@@ -95,10 +96,12 @@ class Recorder:
         if self.ranks.first:
             run = {
                 "arguments": dataclasses.asdict(self.args),
+                "task": task,
                 "model_kwargs": model_kwargs or {},
                 "dtype": str(dtype).removeprefix("torch."),
                 "world_size": self.ranks.world_size,
                 "packing": packing,
+                **plan.padding(),
                 "steps": self.total_steps,
                 "device": _device_name(self.ranks.device),
                 "data": {name: split.report for name, split in splits.items()},
@@ -262,9 +265,10 @@ class Recorder:
             ("versions", versions),
             ("device", f"{run['world_size']} x {run['device']}, {run['dtype']}, ZeRO stage {self.args.zero_stage}"),
             ("arguments", ", ".join(f"{name}={value}" for name, value in said.items()) or "all defaults"),
+            ("task", run["task"].removeprefix("task ")),
             ("model", f"{type(model).__name__}, {total:,} parameters, {trained:,} trained"),
             *((name, split.summary()) for name, split in splits.items()),
-            ("batches", "packed" if run["packing"] else "padded"),
+            ("batches", _batches(run)),
             ("steps", f"{self.total_steps} of {batch} examples, {self.total_steps / plan.steps_per_epoch:.3g} epochs"),
             ("layers", patch),
             ("output", f"{self.output_dir} (everything decided is in its run.json)"),
@@ -345,6 +349,13 @@ def _history(path):
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def _batches(run):
+    tokens, padding = f"{run['tokens_per_micro_batch']:,.0f} tokens in a micro-batch", f"{run['padding_fraction']:.0%}"
+    if run["packing"]:
+        return f"packed: {tokens}, none of them padding ({padding} would be in padded batches)"
+    return f"padded: {tokens}, and {padding} of each batch is padding"
 
 
 def _listed(metrics):

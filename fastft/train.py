@@ -78,9 +78,16 @@ def train(args):
     state = load_checkpoint(engine, checkpoint) if checkpoint else TrainState()
     recorder = Recorder(args, ranks, total_steps, state)
     recorder.describe(
-        dtype=dtype, packing=packing, splits=splits, plan=plan, model=model, patch=patch_text, report=patch_report,
+        task=task.reason,
+        dtype=dtype,
+        packing=packing,
+        splits=splits,
+        plan=plan,
+        model=model,
+        patch=patch_text,
+        report=patch_report,
         model_kwargs=task.model_kwargs(),
-    )  # fmt: skip
+    )
 
     def evaluate(split, prefix):
         batches = eval_batches(splits[split], collate, args.per_device_eval_batch_size, ranks.rank, ranks.world_size)

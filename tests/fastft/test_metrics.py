@@ -18,7 +18,7 @@ from fastft.metrics import Recorder, check_output_dir
 
 ENGINE = SimpleNamespace(get_global_grad_norm=lambda: 0.5)
 SCHEDULE = SimpleNamespace(get_last_lr=lambda: [2e-5])
-PLAN = SimpleNamespace(steps_per_epoch=4)
+PLAN = SimpleNamespace(steps_per_epoch=4, padding=lambda: {"tokens_per_micro_batch": 120.0, "padding_fraction": 0.25})
 
 
 def ranks(rank=0):
@@ -36,6 +36,7 @@ def describe(recorder):
     split = SimpleNamespace(summary=lambda: "40 examples", report={"examples": 40})
     report = {"replaced": {"rms_norm": 5}, "kept": {}, "packing": None}
     recorder.describe(
+        task="task causal_lm: given by --task",
         dtype=torch.bfloat16,
         packing=True,
         splits={"train": split},
@@ -85,7 +86,16 @@ def test_a_line_per_log_with_the_mean_loss_since_the_last(tmp_path, capsys):
 def test_the_start_shows_what_was_decided_and_run_json_keeps_it(tmp_path, capsys):
     describe(recorder(tmp_path, learning_rate=3e-4))
     printed = capsys.readouterr().out
-    for text in ("1 x CPU", "bfloat16", "learning_rate=0.0003", "8 parameters, 6 trained", "40 examples", "5 norms"):
+    for text in (
+        "1 x CPU",
+        "given by --task",
+        "packed: 120 tokens in a micro-batch",
+        "bfloat16",
+        "learning_rate=0.0003",
+        "8 parameters, 6 trained",
+        "40 examples",
+        "5 norms",
+    ):
         assert text in printed, printed
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["arguments"]["learning_rate"] == 3e-4 and run["patch"]["replaced"] == {"rms_norm": 5}
