@@ -71,7 +71,7 @@ def unpatch(model):
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
             (module._forward_hooks, module._forward_hooks_with_kwargs),
         ):
-            for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
+            for key in [key for key, hook in hooks.items() if _of_this_package(hook)]:
                 del hooks[key]
                 with_kwargs.pop(key, None)
 
@@ -186,9 +186,10 @@ def _bind(modules, forward):
     return len(modules)
 
 
-_FORWARDS = (layers.rms_norm, layers.dropout, layers.linear, packing.classify)
-_HOOKS = (packing.enter, packing.tell_reader, packing.read_first)
-
-
 def _is_ours(module):
-    return getattr(module.__dict__.get("forward"), "__func__", None) in _FORWARDS
+    forward = getattr(module.__dict__.get("forward"), "__func__", None)
+    return forward is not None and _of_this_package(forward)
+
+
+def _of_this_package(function):
+    return getattr(function, "__module__", "").startswith(f"{__name__}.")

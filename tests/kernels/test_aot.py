@@ -1,48 +1,38 @@
 """Triton kernels compiled ahead of time for Ampere, Hopper and Blackwell: nothing spills, shared memory is within limits.
 
-The variants are those whose registers are tightest: the longest rows of each number of warps, every optional part on.
+Each op has a file aot/<op>.py whose `variants()` yields arguments of `compile_report` (tests/aot_report.py), without the
+architecture. A variant may say what else must hold: `expect` {instruction: at least so many}, `archs` to leave some out.
 """
+
+import importlib.util
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 pytest.importorskip("triton.backends.nvidia")
 
-ARCHITECTURES = [80, 90, 100]
+ARCHITECTURES = (80, 90, 100)
+OPS = sorted(path.stem for path in Path(__file__).with_name("aot").glob("*.py"))
 
 
-def rms_norm_variants():
-    from fastft_kernels.triton.rms_norm import CONFIG, MAX_COLS, MAX_TRAINED_COLS
-
-    shared = {"n_rows": "i32", "n_cols": "i32", "offset": "fp32"}
-    forward = {
-        "kernel": "fastft_kernels.triton.rms_norm:forward_kernel",
-        "signature": shared
-        | dict.fromkeys(["x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "h_ptr"], "*bf16")
-        | dict.fromkeys(["x_stride", "residual_stride"], "i32")
-        | {"rstd_ptr": "*fp32", "eps": "fp32"},
-        "constants": {"HAS_RESIDUAL": True, "ROUND_FIRST": True},
-    }
-    backward = {
-        "kernel": "fastft_kernels.triton.rms_norm:backward_kernel",
-        "signature": shared
-        | dict.fromkeys(["dy_ptr", "dh_ptr", "h_ptr", "weight_ptr", "dx_ptr"], "*bf16")
-        | dict.fromkeys(["dy_stride", "dh_stride", "h_stride"], "i32")
-        | {"rstd_ptr": "*fp32", "partial_ptr": "*fp32"},
-        "constants": {"HAS_DH": True, "NEEDS_DWEIGHT": True},
-    }
-    frozen = backward | {"constants": {"HAS_DH": True, "NEEDS_DWEIGHT": False}}
-    for kernel, sizes in ((forward, [128, MAX_COLS]), (backward, [128, 2048, MAX_TRAINED_COLS]), (frozen, [MAX_COLS])):
-        aligned = [name for name in kernel["signature"] if name.endswith(("_ptr", "_stride", "n_cols"))]
-        for cols in sizes:
-            block_rows, warps = CONFIG[cols]
-            constants = kernel["constants"] | {"BLOCK_ROWS": block_rows, "BLOCK_COLS": cols}
-            yield kernel | {"constants": constants, "divisible_by_16": aligned, "num_warps": warps}
-
-
-def test_rms_norm(compile_ahead):
-    variants = [variant | {"arch": arch} for arch in ARCHITECTURES for variant in rms_norm_variants()]
-    for variant, report in zip(variants, compile_ahead(variants), strict=True):
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_without_spills(compile_ahead, op):
+    cases = []
+    for variant in load(op).variants():
+        expect, archs = variant.pop("expect", {}), variant.pop("archs", ARCHITECTURES)
+        cases += [(variant | {"arch": arch}, expect) for arch in archs]
+    for (variant, expect), report in zip(cases, compile_ahead([case for case, _ in cases]), strict=True):
         name = f"sm_{variant['arch']}, {variant['kernel']}, {variant['constants']}: {report}"
         assert report["stack_bytes"] == report["STL"] == report["LDL"] == 0, name
         assert report["shared_bytes"] <= report["shared_limit"], name
+        if variant["arch"] == 90:
+            for instruction, least in expect.items():
+                assert report[instruction] >= least, name
+
+
+def load(op):
+    spec = importlib.util.spec_from_file_location(f"aot_{op}", Path(__file__).with_name("aot") / f"{op}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
