@@ -106,7 +106,7 @@ def _patch(model, inner):
         ("dropout", "dropout", _replace_dropouts),
         ("linear", None, _replace_linears),
     ):
-        reason = _why_not_served(op, inner)
+        reason = getattr(family_of(inner.config), f"keeps_{role}", None) or _why_not_served(op, inner)
         count = replace(model, inner) if reason is None else 0
         if count:
             replaced[role] = count
@@ -116,7 +116,7 @@ def _patch(model, inner):
     pooled = _replace_pooling(inner) if packs is None else 0
     if pooled:
         replaced["pooling"] = pooled
-    if not family_of(inner.config).rms_norm:
+    if family_of(inner.config).norm_offset is None:
         kept["norm"] = "LayerNorm has no kernel yet"
     return _Patch(PatchReport(type(inner).__name__, replaced, kept, packs), previous)
 
@@ -143,13 +143,15 @@ def _replace_attention(model, inner):
 
 
 def _replace_norms(model, inner):
-    norm = layer_class(inner.config, "RMSNorm") if family_of(inner.config).rms_norm else None
-    return _bind([m for m in inner.modules() if type(m) is norm], layers.rms_norm)
+    offset = family_of(inner.config).norm_offset
+    norm = None if offset is None else layer_class(inner.config, "RMSNorm")
+    return _bind([m for m in inner.modules() if type(m) is norm], layers.gemma_norm if offset else layers.rms_norm)
 
 
 def _replace_dropouts(model, inner):
-    attention_class = layer_class(inner.config, "SelfAttention")  # it holds a dropout for its p alone
-    unused = {m.dropout for m in inner.modules() if attention_class and type(m) is attention_class}
+    name, attribute = family_of(inner.config).holds_dropout
+    holder = layer_class(inner.config, name)
+    unused = {getattr(m, attribute) for m in inner.modules() if holder is not None and type(m) is holder}
     dropouts = [m for m in inner.modules() if type(m) is nn.Dropout and m.p > 0 and m not in unused]
     return _bind(dropouts, layers.dropout)
 
@@ -169,12 +171,16 @@ def _replace_pooling(inner):
         readers.append(encoder.pooler)
     if is_classifier:
         inner.fastft_classifies = True
+    if is_classifier and not family.layers:
+        encoder.register_forward_hook(packing.pool_output, with_kwargs=True)
+        readers.append(encoder)
+    elif is_classifier:
         layer = encoder.get_submodule(family.layers)[-1]
         reader = layer.get_submodule(family.after_attention)
         layer.attention.__dict__["fastft_reader"] = reader  # as an attribute it would become a child
         layer.attention.register_forward_pre_hook(packing.tell_reader, with_kwargs=True)
         readers.append(reader)
-    for reader in readers:
+    for reader in readers if family.layers else []:
         reader.fastft_cu_seqlens = None
         reader.register_forward_pre_hook(packing.read_first)
     return len(readers)

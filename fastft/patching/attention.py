@@ -5,6 +5,8 @@ padded or packed batch goes to the op; what the op has no arguments for (a key-v
 dense mask and goes to transformers' own attention, whose results in generation are thereby kept to the bit.
 """
 
+import sys
+
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -47,6 +49,7 @@ def attend(
     scaling=None,
     is_causal=None,
     sliding_window=None,
+    softcap=None,
     cu_seq_lens_q=None,
     cu_seq_lens_k=None,
     max_length_q=None,
@@ -55,6 +58,8 @@ def attend(
 ):
     """transformers' attention function: query [B, H, S, D], key and value [B, H', S', D] -> (o [B, S, H, D], None)."""
     whole = query.shape[2] == key.shape[2] and (attention_mask is None or attention_mask.dim() == 2)
+    if not whole and softcap:
+        return _soft_capped(module, query, key, value, attention_mask, dropout, scaling, softcap)
     if not whole:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
@@ -65,6 +70,7 @@ def attend(
         "causal": causal,
         "scale": scaling,
         "window": None if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1),
+        "softcap": softcap,
         "dropout_p": dropout,
     }
     if cu_seq_lens_q is not None:
@@ -81,6 +87,14 @@ def attend(
     )
     out = packed.new_zeros(q.flatten(0, 1).shape).index_copy(0, index, packed)
     return out.view(q.shape), None
+
+
+def _soft_capped(module, query, key, value, allowed, dropout, scaling, softcap):
+    """The model's own eager attention under a dense mask, bool or additive: PyTorch's has no soft-capping."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    if allowed is not None and allowed.dtype == torch.bool:
+        allowed = torch.where(allowed, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+    return eager(module, query, key, value, allowed, dropout=dropout, scaling=scaling, softcap=softcap)
 
 
 @torch.compiler.disable

@@ -1,7 +1,7 @@
 """Which architectures can be patched, and what their layers are called: a table."""
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,31 +11,70 @@ class Family:
     prefix: str
     decoder: bool
     """causal; reads a sequence's class from its last token. Encoders see both sides and read the first token"""
-    rms_norm: bool = False
+    module: str | None = None
+    """transformers.models.<module>, where that is not the architecture's own name"""
+    names: dict[str, str] = field(default_factory=dict)
+    """classes whose name does not follow: {"ForCausalLM": "LMHeadModel"}"""
+    norm_offset: float | None = None
+    """RMSNorm scales by offset + weight: 0 in Llama, 1 in Gemma. None: LayerNorm"""
+    keeps_norm: str | None = None
+    """why its RMSNorm stays as it is"""
+    keeps_attention: str | None = None
+    """why its attention stays as it is, and with it padded rows"""
     positions_follow_padding: bool = False
     """the first position is padding_idx + 1, not 0"""
+    holds_dropout: tuple[str, str] = ("SelfAttention", "dropout")
+    """the class of attention and its dropout that is never called, for it holds the probability alone"""
     layers: str = ""
-    """of an encoder: path of the list of layers under the base model; the part of a layer that attends is `attention`"""
+    """of an encoder whose last layer can pass over all but the tokens that are read: path of the list of layers under the
+    base model; the part of a layer that attends is `attention`. Empty: the pooling follows the whole encoder"""
     after_attention: str = ""
-    """of an encoder: the part of a layer that comes next, and adds the layer's input"""
+    """then the part of a layer that comes next, and adds the layer's input"""
 
 
-FAMILIES = {
-    "llama": Family(prefix="Llama", decoder=True, rms_norm=True),
-    "mistral": Family(prefix="Mistral", decoder=True, rms_norm=True),
-    "qwen2": Family(prefix="Qwen2", decoder=True, rms_norm=True),
-    "qwen3": Family(prefix="Qwen3", decoder=True, rms_norm=True),
-    "bert": Family(prefix="Bert", decoder=False, layers="encoder.layer", after_attention="attention.output"),
-    "roberta": Family(
-        prefix="Roberta",
+def _decoder(prefix, **settings):
+    return Family(prefix=prefix, decoder=True, **settings)
+
+
+def _roberta(prefix):
+    return Family(
+        prefix=prefix,
         decoder=False,
         positions_follow_padding=True,
         layers="encoder.layer",
         after_attention="attention.output",
+    )
+
+
+RELATIVE = "it adds a bias or a product that depends on the distance of two tokens in their row"
+
+FAMILIES = {
+    "llama": _decoder("Llama", norm_offset=0.0),
+    "mistral": _decoder("Mistral", norm_offset=0.0),
+    "mixtral": _decoder("Mixtral", norm_offset=0.0),
+    "qwen2": _decoder("Qwen2", norm_offset=0.0),
+    "qwen3": _decoder("Qwen3", norm_offset=0.0),
+    "qwen3_moe": _decoder("Qwen3Moe", norm_offset=0.0),
+    "gemma2": _decoder("Gemma2", norm_offset=1.0),
+    "gemma3_text": _decoder(
+        "Gemma3",
+        module="gemma3",
+        norm_offset=1.0,
+        names={"Model": "TextModel", "ForSequenceClassification": "TextForSequenceClassification"},
     ),
+    "phi3": _decoder("Phi3", norm_offset=0.0),
+    "olmo2": _decoder("Olmo2", norm_offset=0.0, keeps_norm="Olmo2RMSNorm rounds once, after the weight multiplied"),
+    "gpt2": _decoder("GPT2", names={"ForCausalLM": "LMHeadModel"}, holds_dropout=("Attention", "attn_dropout")),
+    "gpt_neox": _decoder("GPTNeoX"),
+    "bert": Family(prefix="Bert", decoder=False, layers="encoder.layer", after_attention="attention.output"),
+    "roberta": _roberta("Roberta"),
+    "xlm-roberta": _roberta("XLMRoberta"),
     "distilbert": Family(
         prefix="DistilBert", decoder=False, layers="transformer.layer", after_attention="sa_layer_norm"
     ),
+    "modernbert": Family(prefix="ModernBert", decoder=False),
+    "deberta-v2": Family(prefix="DebertaV2", decoder=False, keeps_attention=RELATIVE),
+    "t5": Family(prefix="T5", decoder=False, norm_offset=0.0, names={"RMSNorm": "LayerNorm"}, keeps_attention=RELATIVE),
 }
 
 PACKED_HEADS = ("Model", "ForCausalLM", "ForMaskedLM", "ForTokenClassification", "ForSequenceClassification")
@@ -53,8 +92,10 @@ def first_position(config):
 
 def layer_class(config, name):
     """The class `<prefix><name>` of the architecture, or None where it has none of that name."""
-    module = importlib.import_module(f"transformers.models.{config.model_type}.modeling_{config.model_type}")
-    return getattr(module, family_of(config).prefix + name, None)
+    family = family_of(config)
+    module = family.module or config.model_type.replace("-", "_")
+    module = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    return getattr(module, family.prefix + family.names.get(name, name), None)
 
 
 def why_unsupported(config):
@@ -62,12 +103,11 @@ def why_unsupported(config):
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
         return f"the architecture {model_type!r} is not one of those that fastft patches: {', '.join(FAMILIES)}"
-    if not FAMILIES[model_type].decoder and (
-        getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)
-    ):
+    decoder = FAMILIES[model_type].decoder
+    if getattr(config, "add_cross_attention", False) or not decoder and getattr(config, "is_decoder", False):
         return f"a {model_type} with is_decoder or add_cross_attention is not one of those that fastft patches"
-    if not getattr(config, "is_causal", True):
-        return f"a {model_type} with is_causal=False is not one of those that fastft patches"
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        return f"a {model_type} whose decoder is not causal is not one of those that fastft patches"
     return None
 
 

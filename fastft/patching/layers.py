@@ -7,6 +7,10 @@ def rms_norm(self, hidden_states):
     return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
+def gemma_norm(self, hidden_states):
+    return ops.rms_norm(hidden_states, self.weight, self.eps, offset=1.0)
+
+
 def dropout(self, input):
     if self.inplace or not self.training:
         return type(self).forward(self, input)

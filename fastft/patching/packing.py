@@ -9,6 +9,8 @@ padded batch. That happens within the last layer, right after attention, for not
 feed-forward network computes n tokens instead of T.
 """
 
+import copy
+
 import torch
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -102,6 +104,25 @@ def read_first(module, args):
     if cu_seqlens is None:
         return None
     return tuple(x.flatten(0, 1).index_select(0, cu_seqlens[:-1]).unsqueeze(1) for x in args)
+
+
+def pool_output(encoder, args, kwargs, output):
+    """Forward hook of an encoder whose classifier pools by itself: [1, T, hidden] -> [n, 1, hidden], one row per sequence."""
+    if FIRST_TOKENS_ONLY not in kwargs:
+        return None
+    hidden, cu_seqlens = output.last_hidden_state.flatten(0, 1), kwargs["cu_seq_lens_q"].long()
+    if getattr(encoder.config, "classifier_pooling", "cls") == "mean":
+        lengths = cu_seqlens.diff()
+        sequence = torch.repeat_interleave(lengths, output_size=len(hidden))
+        sums = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32).index_add(
+            0, sequence, hidden.float()
+        )
+        pooled = (sums / lengths[:, None]).to(hidden.dtype)
+    else:
+        pooled = hidden.index_select(0, cu_seqlens[:-1])
+    output = copy.copy(output)  # `hidden_states`, where asked for, stays the row as it is
+    output["last_hidden_state"] = pooled[:, None]
+    return output
 
 
 def classify(self, *args, **kwargs):

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from fastft.data import Collator
-from fastft.patching.families import FAMILIES
+from fastft.patching.families import FAMILIES, layer_class
 
 SIZES = {
     "vocab_size": 99,
@@ -24,9 +24,73 @@ SETTINGS = {
     "llama": DECODER,
     "mistral": {**DECODER, "sliding_window": 5},
     "qwen2": {**DECODER, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "mixtral": {**DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3": {**DECODER, "head_dim": 16},
+    "qwen3_moe": {
+        **DECODER,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "decoder_sparse_step": 2,
+    },
+    "gemma2": {
+        **DECODER,
+        "head_dim": 16,
+        "sliding_window": 4,
+        "attn_logit_softcapping": 5.0,
+        "query_pre_attn_scalar": 16,
+    },
+    "gemma3_text": {
+        **DECODER,
+        "head_dim": 16,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,
+    },
+    "phi3": {**DECODER, "sliding_window": 5},
+    "olmo2": DECODER,
+    "gpt2": {
+        "vocab_size": 99,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "scale_attn_by_inverse_layer_idx": True,
+        **dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.0),
+    },
+    "gpt_neox": {**SIZES, "pad_token_id": 0, "eos_token_id": None, "classifier_dropout": 0.0},
     "bert": {**SIZES, **NO_DROPOUT},
     "roberta": {**SIZES, **NO_DROPOUT, "pad_token_id": 1},
+    "xlm-roberta": {**SIZES, **NO_DROPOUT, "pad_token_id": 1},
+    "modernbert": {
+        **SIZES,
+        "pad_token_id": 1,
+        "local_attention": 6,
+        "global_attn_every_n_layers": 2,
+        **dict.fromkeys(["cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id"], None),
+    },
+    "deberta-v2": {
+        **SIZES,
+        **NO_DROPOUT,
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "max_relative_positions": 16,
+    },
+    "t5": {
+        "vocab_size": 99,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "dropout_rate": 0.0,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+    },
     "distilbert": {
         "vocab_size": 99,
         "dim": 32,
@@ -47,11 +111,11 @@ def tiny():
     """tiny(family, head, **settings) -> model in training mode; the same arguments give the same weights."""
 
     def build(family, head=None, **settings):
-        prefix = FAMILIES[family].prefix
         head = head or ("ForCausalLM" if FAMILIES[family].decoder else "ForMaskedLM")
-        config = getattr(transformers, f"{prefix}Config")(**{**SETTINGS[family], "num_labels": 3, **settings})
+        head = "ForTokenClassification" if family == "t5" and head == "ForMaskedLM" else head  # its encoder alone
+        config = transformers.AutoConfig.for_model(family, **{**SETTINGS[family], "num_labels": 3, **settings})
         torch.manual_seed(1)
-        return getattr(transformers, prefix + head)(config).train()
+        return layer_class(config, head)(config).train()
 
     return build
 

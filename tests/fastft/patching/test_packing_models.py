@@ -10,9 +10,10 @@ import fastft
 from fastft.patching.families import FAMILIES
 
 DECODERS = [name for name, family in FAMILIES.items() if family.decoder]
-ENCODERS = [name for name, family in FAMILIES.items() if not family.decoder]
+ENCODERS = [name for name, family in FAMILIES.items() if not family.decoder and not family.keeps_attention]
+PACKED = DECODERS + ENCODERS
 CASES = [(name, "ForCausalLM") for name in DECODERS] + [(name, "ForMaskedLM") for name in ENCODERS]
-CASES += [(name, "ForSequenceClassification") for name in FAMILIES]
+CASES += [(name, "ForSequenceClassification") for name in PACKED]
 CASES += [(name, "ForTokenClassification") for name in ("llama", "distilbert")]
 
 
@@ -75,7 +76,7 @@ def checkpointed(model):
 WRAPS = {"plain": lambda model, task: model, "lora": lora, "checkpointing": lambda model, task: checkpointed(model)}
 WRAPPED = [
     (name, wrap)
-    for name in FAMILIES
+    for name in PACKED
     for wrap in WRAPS
     if wrap == "plain" or name in ("llama", "qwen2", "bert", "distilbert")
 ]
@@ -136,7 +137,7 @@ def test_losses_of_sequence_classification(family, wrap, kind, tiny, examples, c
     assert_close(gradients(model), wanted, 2e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PACKED)
 def test_position_ids_alone_tell(family, tiny, examples, collate):
     """Also in several rows; and rows that start nowhere anew are not packed."""
     model = tiny(family)
@@ -174,6 +175,14 @@ def test_encoders_pool_each_sequence_only_for_their_classifier(tiny, examples, c
     packed = model.bert(**without_labels(collate(model, rows, True)))
     assert_close([packed.last_hidden_state], [torch.cat([x.last_hidden_state for x in alone], 1)])
     assert_close([packed.pooler_output], [torch.cat([x.pooler_output for x in alone])])
+
+
+def test_mean_pooling(tiny, examples, collate):
+    model = tiny("modernbert", "ForSequenceClassification", classifier_pooling="mean")
+    rows = examples(model, "class")
+    expected = torch.cat(one_by_one(model, rows, collate))
+    fastft.patch(model, verbose=False)
+    assert_close([model(**without_labels(collate(model, rows, True))).logits], [expected])
 
 
 def test_the_last_layer_computes_what_is_read(tiny, examples, collate):

@@ -90,7 +90,7 @@ def test_generation_gives_the_same_tokens(family, cache, tiny, examples):
 
 
 @pytest.mark.parametrize("head", ["ForSequenceClassification", None])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "bert", "distilbert"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "bert", "distilbert", "modernbert", "t5"])
 def test_unpatch_leaves_nothing_behind(family, head, tiny, examples):
     model = tiny(family, head)
     batch = padded(model, examples)
@@ -267,12 +267,12 @@ def test_a_backend_that_was_asked_for(tiny, examples):
 
 
 def test_what_cannot_be_patched(tiny):
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=9))
-    with pytest.raises(
-        ValueError, match="'gpt2' is not one of .* llama, mistral, qwen2, qwen3, bert, roberta, distilbert"
-    ):
-        fastft.patch(gpt2)
-    assert "'gpt2'" in why_not(gpt2.config) and why_not(tiny("llama").config) is None
+    opt = transformers.OPTConfig(
+        num_hidden_layers=1, hidden_size=16, num_attention_heads=2, ffn_dim=16, vocab_size=9, word_embed_proj_dim=16
+    )
+    with pytest.raises(ValueError, match=f"'opt' is not one of .*: {', '.join(FAMILIES)}"):
+        fastft.patch(transformers.OPTForCausalLM(opt))
+    assert "'opt'" in why_not(opt) and why_not(tiny("llama").config) is None
     with pytest.raises(ValueError, match="None is not one of"):
         fastft.patch(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="is_decoder"):
@@ -286,6 +286,22 @@ def test_what_cannot_be_patched(tiny):
     with pytest.raises(ValueError, match="something else has replaced the forward of model.norm"):
         fastft.patch(model)
     assert "_fastft_patch" not in model.__dict__ and model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["t5", "deberta-v2"])
+def test_distances_within_a_row_keep_the_attention(family, tiny, examples):
+    """These models keep theirs and their padded rows; what else applies is patched, and the report says why."""
+    model = tiny(family)
+    report = fastft.patch(model, verbose=False)
+    assert "distance of two tokens" in report.kept["attention"] and report.packing.startswith("attention is kept")
+    assert ("norm" in report.replaced) == (family == "t5") and model.config._attn_implementation != attention.NAME
+
+
+def test_decoders_that_are_not_causal_are_refused(tiny):
+    with pytest.raises(ValueError, match="not causal"):
+        fastft.patch(tiny("gemma3_text", use_bidirectional_attention=True))
+    with pytest.raises(ValueError, match="add_cross_attention"):
+        fastft.patch(tiny("gpt2", add_cross_attention=True))
 
 
 def test_attentions_cannot_be_returned(tiny):
