@@ -61,6 +61,22 @@ def timed(function, *args):
     return time.perf_counter() - start, time.process_time() - cpu_start, value
 
 
+def peak_bytes(function):
+    """The most memory that PyTorch held at once during one call, above what it held before; None where it cannot be told."""
+    if torch.cuda.is_available():
+        _wait()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        _wait()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return int(max(held.max(), 0)) if len(held) else None
+
+
 def speedup(theirs, ours, *, seed=0, resamples=5000):
     """(median, low, high) of their time over ours, round by round; low and high bound a 95 % bootstrap interval."""
     ratios = np.array(theirs) / np.array(ours)
@@ -83,6 +99,20 @@ class Replay:
 
         durations = iter(seconds)
         benchmark.pedantic(advance, setup=lambda: ((next(durations),), {}), rounds=len(seconds))
+
+
+def ceilings(toy=False):
+    """What this machine reaches at most, measured now: bytes per second of a copy, FLOP per second of a matrix product."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    elements, size = (2**16, 64) if toy else (2**28, 8192) if device == "cuda" else (2**25, 2048)
+    x = torch.ones(elements, device=device)
+    y = torch.empty_like(x)
+    found = {"copy_bytes_per_s": 2 * x.nbytes / min(timed(y.copy_, x)[0] for _ in range(5))}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        name = f"{str(dtype).removeprefix('torch.')}_flop_per_s"
+        found[name] = 2 * size**3 / min(timed(torch.mm, a, b)[0] for _ in range(5))
+    return found
 
 
 def machine():
@@ -115,15 +145,27 @@ def machine_line(facts):
 
 
 def new_result():
-    """The frame of a result: when, where and by which command; `jobs` is to be filled."""
+    """The frame of a result: when, where and by which command; the rest is to be filled."""
     module = sys.modules["__main__"].__spec__
     name = Path(sys.argv[0]).name if module is None else f"python -m {module.name.removesuffix('.__main__')}"
+    arguments = [_shown(argument) for argument in sys.argv[1:]]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([name, *sys.argv[1:]]),
+        "command": " ".join([name, *arguments]),
         "machine": machine(),
+        "ceilings": {},
         "jobs": {},
+        "ops": {},
     }
+
+
+def _shown(argument):
+    """An argument of the command without this machine's absolute paths."""
+    option, found, value = argument.rpartition("=")
+    path = Path(value)
+    inside = path.is_absolute() and path.is_relative_to(ROOT)
+    shown = path.relative_to(ROOT) if inside else path.name if path.is_absolute() else value
+    return f"{option}{found}{shown}"
 
 
 def write_result(result, folder=RESULTS):

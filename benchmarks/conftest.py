@@ -1,8 +1,12 @@
-"""What all benchmarks share: their options, and the result of the session, shown after pytest-benchmark's own tables."""
+"""What all benchmarks share: their options, and the result of the session, shown after pytest-benchmark's own tables.
+
+The sides of an op take turns inside one group; `side` is the parameter that names them. Their replayed times are in
+pytest-benchmark's session round by round, from where they go into the result.
+"""
 
 import pytest
 
-from benchmarks._harness import new_result, write_result
+from benchmarks._harness import ceilings, new_result, write_result
 from benchmarks.report import render
 
 RESULT = pytest.StashKey[dict]()
@@ -10,6 +14,9 @@ RESULT = pytest.StashKey[dict]()
 
 def pytest_addoption(parser):
     parser.addoption("--toy", action="store_true", help="benchmarks: tiny inputs, to see that everything runs")
+    parser.addoption(
+        "--full", action="store_true", help="benchmarks: the large grid and the rivals that compile for minutes"
+    )
     parser.addoption("--rounds", type=int, default=10, help="benchmarks: pairs to measure (default: 10)")
     parser.addoption("--results", metavar="FOLDER", help="benchmarks: keep the result as <machine>-<date>.json there")
 
@@ -26,9 +33,21 @@ def result(request):
 
 def pytest_terminal_summary(terminalreporter, config):
     result, folder = config.stash[RESULT], config.getoption("--results")
-    if not result["jobs"]:
+    result["ops"] = _ops(getattr(config, "_benchmarksession", None))
+    if not result["jobs"] and not result["ops"]:
         return
+    result["ceilings"] = ceilings(config.getoption("--toy"))
     terminalreporter.section("ratios")
     terminalreporter.write_line(render(result))
     if folder:
         terminalreporter.write_line(f"kept in {write_result(result, folder)}")
+
+
+def _ops(session):
+    """{group: {side: {"wall": seconds of each round}}} of the groups in which fastft has a rival, jobs left out."""
+    groups = {}
+    for bench in session.benchmarks if session else []:
+        side = (bench.params or {}).get("side")
+        if side and bench.group and not bench.group.endswith("a step of training") and not bench.has_error:
+            groups.setdefault(bench.group, {})[side] = {"wall": list(bench.stats.data)}
+    return {group: sides for group, sides in groups.items() if "fastft" in sides and len(sides) > 1}

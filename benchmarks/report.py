@@ -1,6 +1,11 @@
-"""A result as Markdown: `python -m benchmarks.report [result.json]` puts the newest into benchmarks/README.md."""
+"""A result made readable: `python -m benchmarks.report [result.json]`.
+
+The newest result goes as Markdown into benchmarks/README.md, and as report.html with its plots as PNG files into
+benchmarks/results/<machine>-<date>/.
+"""
 
 import argparse
+import html
 import json
 import statistics
 from pathlib import Path
@@ -12,11 +17,17 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
 def render(result):
-    """Markdown of one result: each job's table, then where and how it was measured."""
-    parts = [_sentiment(job, result["machine"]) for job in result["jobs"].values()]
+    """Markdown of one result: each job's table, the ops, then where and how it was measured."""
+    parts = []
+    for kind, job in result["jobs"].items():
+        parts.append({"sentiment": _sentiment, "lora": _lora}[kind](job, result["machine"]))
+    if result.get("ops"):
+        parts.append(_ops(result["ops"]))
     load = result["machine"]["load"]
     busy = "" if load is None else f", when the load average was {load:.1f}"
     parts.append(f"`{result['command']}` on {result['date'][:10]}{busy}.\n{machine_line(result['machine'])}.")
+    if result.get("ceilings"):
+        parts[-1] += f"\n{_ceilings(result['ceilings'])}"
     return "\n\n".join(parts)
 
 
@@ -51,9 +62,136 @@ def _sentiment(job, machine):
     return "\n".join(rows)
 
 
+def _lora(job, machine):
+    sides, ours = job["sides"], job["sides"]["fastft"]
+    absolute = machine["gpu"] is not None
+    rows = [
+        f"{job['job']['name']}: {job['job']['batch_size']} x {job['job']['length']} tokens a step in {job['dtype']}, "
+        f"{len(ours['wall'])} rounds. Memory: the most that a step held above what it held before.",
+        "",
+        "| loop | speed-up of fastft | by CPU time | memory over fastft's | mean loss |"
+        + (" tokens/s | peak MB |" if absolute else ""),
+        "|---|---|---|---|---|" + ("---|---|" if absolute else ""),
+    ]
+    for name, side in sides.items():
+        cells = [name]
+        cells += ["1", "1"] if side is ours else [_interval(side, ours, "wall"), _interval(side, ours, "cpu")]
+        cells.append(f"{side['peak_bytes'] / ours['peak_bytes']:.2f}" if side["peak_bytes"] else "")
+        cells.append(f"{statistics.mean(side['values']):.4f}")
+        if absolute:
+            cells += [f"{job['tokens'] / statistics.median(side['wall']):.0f}", f"{side['peak_bytes'] / 1e6:.0f}"]
+        rows.append(f"| {' | '.join(cells)} |")
+    loss = job["check"]["fastft"]["loss"]
+    rows += ["", f"Before timing, in fp32, both loops gave the loss {loss:.6f} and the same gradient norm, to 1e-4."]
+    return "\n".join(rows)
+
+
+def _ops(groups):
+    rivals = sorted({side for sides in groups.values() for side in sides} - {"fastft"})
+    rows = [
+        "Single ops: the rival's time over fastft's. A `copy` moves as many bytes as the forward pass must and computes "
+        "nothing, so its ratio, at most 1, is the share of the floor.",
+        "",
+        f"| op | {' | '.join(rivals)} |",
+        f"|---|{'---|' * len(rivals)}",
+    ]
+    for group, sides in groups.items():
+        cells = [_interval(sides[rival], sides["fastft"], "wall") if rival in sides else "" for rival in rivals]
+        rows.append(f"| {group} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _ceilings(found):
+    rates = ", ".join(
+        f"{name.removesuffix('_flop_per_s')} products {rate / 1e12:.2f} TFLOP/s"
+        for name, rate in found.items()
+        if name.endswith("_flop_per_s")
+    )
+    return f"Ceilings measured in the same run: copy {found['copy_bytes_per_s'] / 1e9:.1f} GB/s, {rates}."
+
+
 def _interval(theirs, ours, clock):
     ratio, low, high = speedup(theirs[clock], ours[clock])
     return f"{ratio:.2f} ({low:.2f} to {high:.2f})"
+
+
+def plot(result, folder):
+    """PNG bars of every ratio with its interval: one file for the jobs, one for the ops. Returns [(title, path)]."""
+    charts = []
+    jobs = {job["job"]["name"]: job["sides"] for job in result["jobs"].values()}
+    for title, name, groups in (
+        ("A step of training: how many times as long the rival takes", "jobs.png", jobs),
+        ("Single ops: how many times as long the rival takes", "ops.png", result.get("ops", {})),
+    ):
+        if groups:
+            charts.append((title, _bars(title, groups, folder / name)))
+    return charts
+
+
+def _bars(title, groups, path):
+    from matplotlib.figure import Figure
+
+    rows = [
+        (f"{group}: {side}", *speedup(runs["wall"], sides["fastft"]["wall"]))
+        for group, sides in groups.items()
+        for side, runs in sides.items()
+        if side != "fastft"
+    ]
+    figure = Figure(figsize=(10, 1.2 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for y, (name, ratio, low, high) in enumerate(rows):
+        colour = "#2a7f62" if low > 1 else "#b3423a" if high < 1 else "#888888"
+        colour = "#9fb8d0" if name.endswith(": copy") else colour  # no rival: the floor
+        axes.barh(y, ratio, color=colour, xerr=[[ratio - low], [high - ratio]], error_kw={"ecolor": "#333333"})
+        axes.text(high, y, f"  {ratio:.2f}", va="center", fontsize=8)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        "the rival's time over fastft's; right of 1 fastft is faster; lines are 95 % intervals; pale blue is the floor"
+    )
+    axes.set_title(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def page(result, charts):
+    """One HTML page of a result; the plots lie beside it."""
+    figures = "".join(f'<img src="{path.name}" alt="{html.escape(title)}">' for title, path in charts)
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>fastft: benchmarks of {result["date"][:10]}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; margin: 1rem 0 }} img {{ max-width: 100%; margin: 1rem 0 }}
+th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .7rem; text-align: left }} th {{ border-color: #888 }}
+code {{ background: #f4f4f4; padding: .1rem .3rem }}
+</style>
+<h1>fastft against its rivals</h1>
+<p>Rival and fastft take turns in one process on the same inputs, and their answers are compared before anything is timed.
+A ratio above 1 means that fastft is faster; in brackets is its 95 % interval. Ratios below 1 stay in.</p>
+{figures}
+{_as_html(render(result))}
+</html>
+"""
+
+
+def _as_html(markdown):
+    """The little Markdown that `render` writes: paragraphs, tables, `code`."""
+    blocks = []
+    for block in markdown.split("\n\n"):
+        lines = block.split("\n")
+        if not lines[0].startswith("|"):
+            blocks.append(f"<p>{_inline(block)}</p>")
+            continue
+        header, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+        row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{_inline(cell)}</{tag}>" for cell in cells) + "</tr>"
+        blocks.append(f"<table>{row(header, 'th')}{''.join(row(cells, 'td') for cells in body)}</table>")
+    return "\n".join(blocks)
+
+
+def _inline(text):
+    parts = html.escape(text).split("`")
+    return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
 
 
 def update(readme, result):
@@ -70,15 +208,23 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("result", nargs="?", type=Path, help="result file (default: the newest in benchmarks/results)")
     parser.add_argument("--readme", type=Path, default=README, help="file to update (default: benchmarks/README.md)")
+    parser.add_argument(
+        "--html", type=Path, metavar="FOLDER", help="where report.html goes (default: beside the result)"
+    )
     args = parser.parse_args(argv)
-    results = [args.result] if args.result else RESULTS.glob("*.json")
-    read = [json.loads(path.read_text(encoding="utf-8")) for path in results]
-    if not read:
+    paths = [args.result] if args.result else list(RESULTS.glob("*.json"))
+    if not paths:
         parser.exit(
             2,
             f"{parser.prog}: no result in {RESULTS}; pytest benchmarks/ --benchmark-only --results {RESULTS} makes one\n",
         )
-    update(args.readme, max(read, key=lambda result: result["date"]))
+    read = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    path, result = max(read.items(), key=lambda item: item[1]["date"])
+    update(args.readme, result)
+    folder = args.html or path.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.html").write_text(page(result, plot(result, folder)), encoding="utf-8")
+    print(f"{args.readme} and {folder / 'report.html'} show {path.name}")
 
 
 if __name__ == "__main__":

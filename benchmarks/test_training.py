@@ -6,7 +6,7 @@ pytest-benchmark's table. The ratios, which pair the loops round by round, follo
 
 import pytest
 
-from benchmarks import _sentiment
+from benchmarks import _llama, _sentiment
 from benchmarks._harness import Replay, speedup
 
 replay = Replay()
@@ -28,3 +28,20 @@ def sides(request, tmp_path_factory, result):
 def test_sentiment(benchmark, sides, side):
     benchmark.extra_info["speedup_of_fastft"] = speedup(sides[side]["wall"], sides["fastft"]["wall"])
     replay(benchmark, sides[side]["wall"])
+
+
+@pytest.fixture(scope="module")
+def lora_sides(request, result):
+    toy, full = (request.config.getoption(option) for option in ("--toy", "--full"))
+    job = _llama.TOY if toy else _llama.Job()
+    result["jobs"]["lora"] = _llama.run(job, request.config.getoption("--rounds"), full)
+    return result["jobs"]["lora"]["sides"]
+
+
+@pytest.mark.benchmark(group="lora: a step of training", timer=replay.clock)
+@pytest.mark.parametrize("side", _llama.SIDES)
+def test_lora(benchmark, lora_sides, side):
+    if side not in lora_sides:
+        pytest.skip(f"{side} is measured with --full only")
+    benchmark.extra_info["speedup_of_fastft"] = speedup(lora_sides[side]["wall"], lora_sides["fastft"]["wall"])
+    replay(benchmark, lora_sides[side]["wall"])

@@ -65,10 +65,20 @@ def test_every_loop_is_measured_in_every_round(session):
 
 def test_the_table_shows_the_ratio_of_the_times_in_the_result(session):
     printed, result, _ = session
-    sides = result["jobs"]["sentiment"]["sides"]
-    ratios = [a / b for a, b in zip(sides["careful"]["wall"], sides["fastft"]["wall"], strict=True)]
-    (row,) = [line for line in printed.splitlines() if line.startswith("| careful |")]
-    assert f"| {statistics.median(ratios):.2f} (" in row
+    rows = [line for line in printed.splitlines() if line.startswith("| careful |")]
+    for job, row in zip(("sentiment", "lora"), rows, strict=True):
+        sides = result["jobs"][job]["sides"]
+        ratios = [a / b for a, b in zip(sides["careful"]["wall"], sides["fastft"]["wall"], strict=True)]
+        assert f"| {statistics.median(ratios):.2f} (" in row
+
+
+def test_ops_of_the_session_are_in_the_result_round_by_round(session):
+    _, result, _ = session
+    norms = [sides for group, sides in result["ops"].items() if group.startswith("rms_norm")]
+    assert norms and all({"eager", "fastft"} <= sides.keys() for sides in norms)
+    assert all(len(side["wall"]) == 3 for sides in norms for side in sides.values())
+    assert all(rate > 0 for rate in result["ceilings"].values())
+    assert "/" not in result["command"].replace("results/", ""), "no paths of this machine"
 
 
 def test_wrong_answers_are_not_timed(session):
@@ -80,10 +90,14 @@ def test_report_replaces_only_what_stands_between_its_marks(session, tmp_path, b
 
     readme = tmp_path / "README.md"
     readme.write_text("# before\n<!-- results: begin -->\nold numbers\n<!-- results: end -->\nafter\n")
-    report.main([str(session[2]), "--readme", str(readme)])
+    report.main([str(session[2]), "--readme", str(readme), "--html", str(tmp_path / "html")])
     text = readme.read_text()
     assert text.startswith("# before\n") and text.endswith("\nafter\n")
     assert "old numbers" not in text and "| fastft |" in text
+    shown = (tmp_path / "html" / "report.html").read_text()
+    assert "<td>fastft</td>" in shown and "|---" not in shown
+    for plot in ("jobs.png", "ops.png"):
+        assert f'src="{plot}"' in shown and (tmp_path / "html" / plot).read_bytes().startswith(b"\x89PNG")
 
 
 def test_speedup_is_the_median_of_paired_ratios(benchmarks):

@@ -1,0 +1,215 @@
+"""The LoRA job: steps of a Llama-shaped model, frozen but for adapters on all linear layers, over equally long sequences.
+
+eager      transformers and PEFT as they come, eager attention, fused AdamW, clipping
+careful    the same with SDPA
+compiled   the same under torch.compile; with --full only, for it compiles for minutes
+fastft     what `fastft train --use_peft true` does: packed rows, patched layers, its optimizer in the DeepSpeed engine
+
+All start from the same random weights, in the dtype that fastft chooses here. Sequences are equally long, so packing gains
+nothing: this job shows the kernels alone.
+"""
+
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+from benchmarks._harness import measure, peak_bytes
+from fastft.arguments import Arguments
+from fastft.data import Collator
+from fastft.engine import backward, build_engine, choose_dtype, deepspeed_config, init_ranks
+from fastft.models import add_lora, patch_model
+from fastft.tasks import get_task
+from fastft.train import to_device
+
+SIDES = ("eager", "careful", "compiled", "fastft")
+WARMUP = 2  # rounds
+PAD = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """The model's shape, the batch and the adapters."""
+
+    hidden_size: int = 512
+    intermediate_size: int = 1376
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    vocab_size: int = 32_000
+    batch_size: int = 4
+    length: int = 512
+    lora_r: int = 16
+    lora_dropout: float = 0.0
+    learning_rate: float = 2e-4
+    max_grad_norm: float = 1.0
+    seed: int = 42
+
+    @property
+    def name(self):
+        return (
+            f"LoRA (r = {self.lora_r}, all linear layers, dropout {self.lora_dropout:g}) on a Llama of "
+            f"{self.num_hidden_layers} layers, {self.hidden_size} wide, vocabulary {self.vocab_size:,}"
+        )
+
+
+TOY = Job(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=64,
+    batch_size=2,
+    length=16,
+    lora_r=4,
+)
+
+
+def run(job, rounds, full=False):
+    """Checks that the loops compute the same, then times them. Returns what goes into a result's `jobs`."""
+    bench = Bench(job)
+    check = bench.check()
+    sides = {"eager": bench.hugging_face("eager"), "careful": bench.hugging_face("sdpa")}
+    if full:
+        sides["compiled"] = bench.hugging_face("sdpa", compiled=True)
+    sides["fastft"] = bench.fastft()
+    batches = [bench.batch(number) for number in range(WARMUP + rounds)]
+    prepared = {name: [side.prepare(batch) for batch in batches] for name, side in sides.items()}
+    steps = {name: lambda n, name=name: sides[name].step(prepared[name][n]) for name in sides}
+    runs = measure(steps, rounds, warmup=WARMUP)
+    for name in sides:
+        runs[name]["peak_bytes"] = peak_bytes(lambda name=name: steps[name](0))
+    return {
+        "job": {"name": job.name, **asdict(job)},
+        "dtype": str(bench.dtype).removeprefix("torch."),
+        "check": check,
+        "tokens": job.batch_size * job.length,
+        "sides": runs,
+    }
+
+
+class Bench:
+    """Data and settings that the loops share."""
+
+    def __init__(self, job):
+        self.job = job
+        self.args = Arguments(
+            model_name_or_path="a random Llama",
+            task="causal_lm",
+            use_peft=True,
+            lora_r=job.lora_r,
+            lora_alpha=2 * job.lora_r,
+            lora_dropout=job.lora_dropout,
+            lora_target_modules=["all-linear"],
+            learning_rate=job.learning_rate,
+            lr_scheduler_type="constant",
+            max_grad_norm=job.max_grad_norm,
+            seed=job.seed,
+            report_to=["none"],
+        )
+        self.device = init_ranks().device
+        self.dtype = choose_dtype(self.args, self.device)
+        self.task = get_task(self.args)
+
+    def batch(self, number):
+        """Examples of random tokens, all of them trained."""
+        draw = np.random.default_rng((self.job.seed, number))
+        ids = draw.integers(1, self.job.vocab_size, (self.job.batch_size, self.job.length), dtype=np.int32)
+        return [{"input_ids": row, "labels": row} for row in ids]
+
+    def model(self, attention, dtype):
+        """The same weights each time; lora_B is random too, so that all gradients are there from the first step."""
+        shape = {k: v for k, v in asdict(self.job).items() if k.startswith(("hidden", "inter", "num_", "vocab"))}
+        config = AutoConfig.for_model("llama", pad_token_id=PAD, max_position_embeddings=self.job.length, **shape)
+        set_seed(self.job.seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = add_lora(model, self.args, self.task)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        return model.to(self.device).train()
+
+    def hugging_face(self, attention, dtype=None, compiled=False):
+        return HuggingFace(self, attention, dtype or self.dtype, compiled)
+
+    def fastft(self, dtype=None):
+        return Fastft(self, dtype or self.dtype)
+
+    def check(self, tolerance=1e-4):
+        """{side: {loss, gradient_norm}} of one batch in fp32. AssertionError where sides disagree: nothing is timed then."""
+        batch, found = self.batch(0)[:2], {}
+        for name, side in {
+            "careful": self.hugging_face("sdpa", torch.float32),
+            "fastft": self.fastft(torch.float32),
+        }.items():
+            side.model.eval() if self.job.lora_dropout else None
+            loss = side.loss(side.prepare(batch))
+            side.backward(loss)
+            norms = [p.grad.norm() for p in side.model.parameters() if p.grad is not None]
+            found[name] = {"loss": loss.item(), "gradient_norm": torch.stack(norms).norm().item()}
+        for what, expected in found["careful"].items():
+            off = abs(found["fastft"][what] - expected) / expected
+            assert off <= tolerance, f"{what} of fastft: {found['fastft'][what]}, of careful: {expected}"
+        return found
+
+
+class HuggingFace:
+    """A plain PyTorch loop over transformers and PEFT."""
+
+    def __init__(self, bench, attention, dtype, compiled):
+        self.bench = bench
+        self.model = bench.model(attention, dtype)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=bench.job.learning_rate, fused=True)
+        self.call = torch.compile(self.model) if compiled else self.model
+
+    def prepare(self, examples):
+        ids = torch.from_numpy(np.stack([e["input_ids"] for e in examples])).long().to(self.bench.device)
+        return {"input_ids": ids, "labels": ids}
+
+    def loss(self, batch):
+        return self.call(**batch, use_cache=False).loss
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self, batch):
+        loss = self.loss(batch)
+        self.backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.trained, self.bench.job.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+class Fastft:
+    """The inner loop of fastft/train.py, over the same functions."""
+
+    def __init__(self, bench, dtype):
+        self.bench = bench
+        self.model = bench.model("sdpa", dtype)
+        patch_model(self.model, bench.args)
+        self.collate = Collator(SimpleNamespace(pad_token_id=PAD), self.model.config, packing=True)
+        config = deepspeed_config(bench.args, dtype, world_size=1)
+        self.engine, _ = build_engine(self.model, bench.args, config, dtype, total_steps=1000)
+        self.engine.train()
+
+    def prepare(self, examples):
+        return examples
+
+    def loss(self, examples):
+        batch = to_device(self.collate(examples), self.bench.device)
+        items = sum(len(e["labels"]) - 1 for e in examples)
+        return self.bench.task.loss(self.engine, batch, items)
+
+    def backward(self, loss):
+        backward(self.engine, loss)
+
+    def step(self, examples):
+        loss = self.loss(examples)
+        self.backward(loss)
+        self.engine.step()
+        return loss.item()
