@@ -10,6 +10,7 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "cpu/adamw.h"
 #include "cpu/rms_norm.h"
 
 namespace py = pybind11;
@@ -65,6 +66,12 @@ PYBIND11_MODULE(_C, module) {
   for (int i = 0; i < 3; ++i) dtypes[kDTypeNames[i]] = i;
   module.attr("dtypes") = dtypes;
 
+  define(module, "adamw", adamw);
+  define(module, "adamw8bit", adamw8bit);
+  define(module, "dequantize8", dequantize8);
+  define(module, "lion8bit", lion8bit);
+  define(module, "quantize8", quantize8);
   define(module, "rms_norm_forward", rms_norm_forward);
   define(module, "rms_norm_backward", rms_norm_backward);
+  define(module, "square_sum", square_sum);
 }

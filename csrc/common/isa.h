@@ -8,7 +8,9 @@
 
 #include <cstdint>
 
-#if defined(_MSC_VER)
+#if defined(__CUDACC__)  // the arithmetic of common/ is that of the GPU too
+#define FASTFT_INLINE __host__ __device__ __forceinline__
+#elif defined(_MSC_VER)
 #define FASTFT_INLINE __forceinline
 #else
 #define FASTFT_INLINE inline __attribute__((always_inline))

@@ -21,15 +21,20 @@ def feed(params, step, scale=1.0):
         p.grad = (torch.randn(p.shape, generator=g) * scale).to(p.dtype)
 
 
-def test_fp32_is_torchs_adamw_bit_for_bit():
-    ours, theirs = tensors(torch.float32), tensors(torch.float32)
+def test_fp32_is_as_exact_as_torchs_adamw(no_worse):
+    """After 20 steps the distance to float64 is that of torch's fused kernel, at most."""
     kwargs = {"lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
-    a, b = AdamW(ours, **kwargs), torch.optim.AdamW(theirs, **kwargs, fused=True)
+    ours, theirs = tensors(torch.float32), tensors(torch.float32)
+    exact = [p.detach().double().requires_grad_() for p in ours]
+    optimizers = AdamW(ours, **kwargs), torch.optim.AdamW(theirs, **kwargs, fused=True), torch.optim.AdamW(exact, **kwargs)
     for step in range(20):
         feed(ours, step), feed(theirs, step)
-        a.step(), b.step()
-    for x, y in zip(ours, theirs, strict=True):
-        assert torch.equal(x, y)
+        for p, q in zip(ours, exact, strict=True):
+            q.grad = p.grad.double()
+        for optimizer in optimizers:
+            optimizer.step()
+    for x, y, z in zip(ours, theirs, exact, strict=True):
+        no_worse("weight", x, y, z, steps=20)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -103,7 +108,8 @@ def test_a_bad_gradient_touches_nothing(bad):
     assert optimizer.overflow
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
     for i, saved in state["state"].items():
-        assert all(torch.equal(v, optimizer.state_dict()["state"][i][k]) for k, v in saved.items())
+        after = optimizer.state_dict()["state"][i]
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(after[k])) for k, v in saved.items())
     feed(params, 2)
     optimizer.step()
     assert not optimizer.overflow

@@ -1,0 +1,115 @@
+"""AdamW with float32 state, and what all optimizers here share: lazy state, exact resuming."""
+
+import torch
+
+from fastft.ops import adamw as ops
+
+
+class Fused(torch.optim.Optimizer):
+    """What ZeRO needs of an optimizer, and what makes it resume bit for bit.
+
+    State is made at a tensor's first step, because ZeRO swaps the tensors after __init__, and the step is a Python integer
+    in it, from which the bias correction is computed anew, in double, each time. A subclass says how a list of tensors
+    with the same step is updated (`_apply`) and what its fresh state is (`_fresh`).
+    """
+
+    def __init__(self, params, defaults):
+        _check(**{name: defaults[name] for name in ("lr", "betas", "weight_decay", "eps") if name in defaults})
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group):
+        given = {k: v for k, v in param_group.items() if k in ("lr", "betas", "weight_decay", "eps")}
+        _check(**given)
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update({p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None})
+        return loss
+
+    def _update(self, grads, grad_divisor=1.0):
+        """One step from {parameter: gradient of any float dtype}; every gradient is divided by `grad_divisor`."""
+        for group in self.param_groups:
+            alike = {}  # what one call of a kernel takes: tensors of one device, dtype and step
+            for p in group["params"]:
+                if p not in grads:
+                    continue
+                if grads[p].is_sparse:
+                    raise ValueError(f"{type(self).__name__} takes dense gradients, and this one is sparse")
+                state = self._state(p, group)
+                state["step"] += 1
+                key = p.device, p.dtype, grads[p].dtype, state["step"]
+                alike.setdefault(key, []).append((p, grads[p], state))
+            for (*_, step), members in alike.items():
+                params, gradients, states = map(list, zip(*members, strict=True))
+                masters = [state["master"] for state in states] if "master" in states[0] else None
+                self._apply(group, params, gradients, masters, states, step, grad_divisor)
+
+    def _state(self, p, group):
+        state = self.state[p]
+        if "step" not in state:
+            if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(
+                    f"{type(self).__name__}: a parameter is {p.dtype}; it must be float32, bfloat16 or float16"
+                )
+            state["step"] = 0
+            state.update(self._fresh(p, group))
+            if p.dtype != torch.float32:
+                state["master"] = p.detach().float().contiguous()
+        elif torch.is_tensor(state["step"]):
+            state["step"] = int(state["step"])
+        return state
+
+    def load_state_dict(self, state_dict):
+        """As torch's, except that state keeps its dtype: torch casts it to the parameter's, which rounds masters and moments."""
+        self._check_saved(state_dict)
+        super().load_state_dict(state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            if i in state_dict["state"]:
+                saved = state_dict["state"][i]
+                self.state[p] = {k: v.to(p.device, copy=True) if torch.is_tensor(v) else v for k, v in saved.items()}
+                if "step" in saved:
+                    self.state[p]["step"] = int(saved["step"])
+
+    def _check_saved(self, state_dict):
+        """Raises ValueError, before anything is changed, for a state that this optimizer cannot go on from."""
+
+
+class AdamW(Fused):
+    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101), as torch's.
+
+        m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2
+        w = w - lr (weight_decay w + (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
+
+    m, v and w are fp32 whatever the parameter's dtype: for bf16 and fp16 parameters the state holds `master`, the fp32
+    weights of which the parameter is the rounded copy, so that updates smaller than bf16's resolution add up.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+
+    def _fresh(self, p, group):
+        return {name: _zeros(p) for name in ("exp_avg", "exp_avg_sq")}
+
+    def _apply(self, group, params, grads, masters, states, step, grad_divisor):
+        moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+        hyper = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        ops.adamw(params, grads, masters, *moments, **hyper, step=step, grad_divisor=grad_divisor)
+
+
+def _zeros(p):
+    return torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+def _check(lr=0.0, betas=(0.0, 0.0), weight_decay=0.0, eps=0.0):
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise ValueError(f"{name}={value}: must be at least 0")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas={betas}: both must be at least 0 and below 1")
