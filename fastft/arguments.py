@@ -90,7 +90,11 @@ class TrainingArguments:
     adam_epsilon: float = option(1e-8, "AdamW's epsilon")
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0 turns clipping off")
     label_smoothing_factor: float = option(0.0, "probability mass spread over all classes")
-    optim: str = option("adamw", "optimizer", ["adamw"])
+    optim: str = option(
+        "adamw_torch",
+        "optimizer; 8bit: its state takes a byte per moment, that of norms, biases and embeddings four",
+        ["adamw_torch", "adamw_8bit", "lion_8bit", "adamw_bnb_8bit"],
+    )
     seed: int = option(42, "seeds data order, initialisation and dropout")
     bf16: bool | None = option(None, "bf16 weights with fp32 master weights; by default where the device computes it")
     fp16: bool = option(False, "fp16 weights with loss scaling")

@@ -1,6 +1,6 @@
 """DeepSpeed, set up so that every ZeRO stage computes the same thing and one rank pays next to nothing for it.
 
-Stage 0 keeps DeepSpeed's engine for its interface and does the arithmetic in `ReplicatedAdamW`: the engine's own clipping,
+Stage 0 keeps DeepSpeed's engine for its interface and does the arithmetic in `fastft.optim.Replicated`: the engine's own clipping,
 reduction and 16-bit section would triple a small step. Stages 1 to 3 use DeepSpeed's.
 """
 
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from transformers import get_scheduler
 
-from fastft.optim import AdamW, ReplicatedAdamW, parameter_groups
+from fastft.optim import AdamW, AdamW8bit, Lion8bit, Replicated, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,17 @@ def build_engine(model, args, config, dtype, total_steps):
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     stage = config["zero_optimization"]["stage"]
-    groups = parameter_groups(model, args.weight_decay)
-    adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    optimizer_class = choose_optimizer(args, config, dtype)
+    is_lion = issubclass(optimizer_class, Lion8bit)
+    eight_bits = issubclass(optimizer_class, (AdamW8bit, Lion8bit))
+    groups = parameter_groups(model, args.weight_decay, state_bits=8 if eight_bits else None)
+    hyper = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+    if not is_lion:
+        hyper["eps"] = args.adam_epsilon
     if stage == 0:
-        optimizer = ReplicatedAdamW(
+        optimizer = replicated(optimizer_class)(
             groups,
-            **adam,
+            **hyper,
             max_grad_norm=config["gradient_clipping"],
             accumulate=config["gradient_accumulation_steps"] > 1,
             loss_scale=2.0**16 if dtype == torch.float16 else 1.0,
@@ -149,17 +154,74 @@ def build_engine(model, args, config, dtype, total_steps):
         unused = {"gradient_clipping": 0.0, "bf16": {"enabled": False}, "fp16": {"enabled": False}}
         config = {**config, **unused}
     else:
-        optimizer = AdamW(groups, **adam)
+        optimizer = optimizer_class(groups, **hyper)
     warmup = args.warmup_steps or int(args.warmup_ratio * total_steps)
     extra = {"min_lr_rate": 0.1} if args.lr_scheduler_type == "cosine_with_min_lr" else None
     schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup, total_steps, scheduler_specific_kwargs=extra)
-    if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:
-        ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
+    if optimizer_class not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
     with contextlib.redirect_stdout(io.StringIO()):  # the bf16 wrapper prints its memory use, unasked
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     if stage == 0:
-        engine.enable_backward_allreduce = False  # ReplicatedAdamW reduces, once a step and in fp32
+        engine.enable_backward_allreduce = False  # the optimizer reduces, once a step and in fp32
     return engine, schedule
+
+
+def choose_optimizer(args, config, dtype):
+    """The optimizer class that `--optim` names. Raises ValueError for what DeepSpeed could not run with it."""
+    name, zero = args.optim, config["zero_optimization"]
+    offload = zero.get("offload_optimizer") or {}
+    if name != "adamw_torch":
+        reasons = {
+            "offload to NVMe: DeepSpeed swaps float32 state only": offload.get("device") == "nvme",
+            f"offload_optimizer.ratio {offload.get('ratio')}: DeepSpeed splits its own Adam only": offload.get(
+                "ratio", 1
+            )
+            < 1,
+            "super_offload: DeepSpeed brings an optimizer of its own": bool(offload.get("super_offload")),
+            "zenflow: DeepSpeed brings an optimizer of its own": "zenflow" in zero,
+            "elastic_checkpoint: it cuts the padding off every state tensor": bool(zero.get("elastic_checkpoint")),
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise ValueError(
+                    f"--optim {name} does not work with {reason}; use --optim adamw_torch or leave that out"
+                )
+    for section in ("bf16", "fp16"):
+        if config.get(section, {}).get(f"{section}_master_weights_and_grads"):
+            raise ValueError(f"--optim {name} does not work with {section}_master_weights_and_grads")
+    if name == "adamw_bnb_8bit":
+        if zero["stage"] == 0 and dtype != torch.float32:
+            raise ValueError(
+                "--optim adamw_bnb_8bit with 16-bit weights keeps no float32 copy of them: use --zero_stage 1, 2 or 3, "
+                "which do, or --optim adamw_8bit"
+            )
+        try:
+            from bitsandbytes.optim import AdamW8bit as theirs
+        except ImportError:
+            raise ValueError(
+                "--optim adamw_bnb_8bit: bitsandbytes is not installed: pip install bitsandbytes, or use adamw_8bit"
+            ) from None
+        return theirs
+    return {"adamw_torch": AdamW, "adamw_8bit": AdamW8bit, "lion_8bit": Lion8bit}[name]
+
+
+def replicated(optimizer_class):
+    """The class that does what `Replicated` says with this optimizer's arithmetic."""
+    made = {subclass.__bases__[1]: subclass for subclass in Replicated.__subclasses__() if len(subclass.__bases__) == 2}
+    return made.get(optimizer_class) or type(f"Replicated{optimizer_class.__name__}", (_Foreign, optimizer_class), {})
+
+
+class _Foreign(Replicated):
+    """A replicated step around an optimizer that is not fastft's and reads `.grad`."""
+
+    def _update(self, grads, grad_divisor=1.0):
+        kept = {p: p.grad for p in grads}
+        for p, grad in grads.items():
+            p.grad = grad.to(p.dtype) / grad_divisor
+        super(Replicated, self).step()
+        for p, grad in kept.items():
+            p.grad = grad
 
 
 def backward(engine, loss):
@@ -169,9 +231,7 @@ def backward(engine, loss):
     model returned by the accumulation steps, whatever `scale_wrt_gas` says, when that tensor itself is back-propagated.
     """
     optimizer = engine.optimizer
-    engine.backward(
-        loss * (optimizer.loss_scale if isinstance(optimizer, ReplicatedAdamW) else 1.0), scale_wrt_gas=False
-    )
+    engine.backward(loss * (optimizer.loss_scale if isinstance(optimizer, Replicated) else 1.0), scale_wrt_gas=False)
 
 
 def _read_config(path):

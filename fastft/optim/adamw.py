@@ -65,7 +65,7 @@ class Fused(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict):
-        """As torch's, except that state keeps its dtype: torch casts it to the parameter's, which rounds masters and moments."""
+        """As torch's, except that state keeps its dtype: torch would cast it to the parameter's."""
         self._check_saved(state_dict)
         super().load_state_dict(state_dict)
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]

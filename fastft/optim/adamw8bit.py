@@ -81,7 +81,9 @@ class Quantised(Fused):
         for i, state in state_dict["state"].items():
             for moment in self.moments:
                 if f"{moment}_codes" in state and state[f"{moment}_codes"].dtype != torch.uint8:
-                    raise ValueError(f"{name}: the codes saved of parameter {i} are not uint8; they were cast on their way")
+                    raise ValueError(
+                        f"{name}: the codes saved of parameter {i} are not uint8; they were cast on their way"
+                    )
         sizes = [len(group["params"]) for group in self.param_groups]
         if sizes == [len(group["params"]) for group in state_dict["param_groups"]]:
             self._check_sizes(state_dict)

@@ -26,7 +26,11 @@ def test_fp32_is_as_exact_as_torchs_adamw(no_worse):
     kwargs = {"lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1}
     ours, theirs = tensors(torch.float32), tensors(torch.float32)
     exact = [p.detach().double().requires_grad_() for p in ours]
-    optimizers = AdamW(ours, **kwargs), torch.optim.AdamW(theirs, **kwargs, fused=True), torch.optim.AdamW(exact, **kwargs)
+    optimizers = (
+        AdamW(ours, **kwargs),
+        torch.optim.AdamW(theirs, **kwargs, fused=True),
+        torch.optim.AdamW(exact, **kwargs),
+    )
     for step in range(20):
         feed(ours, step), feed(theirs, step)
         for p, q in zip(ours, exact, strict=True):

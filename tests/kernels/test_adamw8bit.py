@@ -1,4 +1,4 @@
-"""8-bit moments: the kernels equal the reference bit for bit, and the reference keeps what the hazards of 8 bits would break."""
+"""8-bit moments: the kernels equal the reference bit for bit, and neither falls into the pits of 8 bits."""
 
 import importlib
 
