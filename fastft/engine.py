@@ -1,7 +1,7 @@
 """DeepSpeed, set up so that every ZeRO stage computes the same thing and one rank pays next to nothing for it.
 
-Stage 0 keeps DeepSpeed's engine for its interface and does the arithmetic in `fastft.optim.Replicated`: the engine's own clipping,
-reduction and 16-bit section would triple a small step. Stages 1 to 3 use DeepSpeed's.
+Stage 0 keeps DeepSpeed's engine for its interface and does the arithmetic in `fastft.optim.Replicated`: the engine's own
+clipping, reduction and 16-bit section would triple a small step. Stages 1 to 3 use DeepSpeed's.
 """
 
 import atexit

@@ -4,6 +4,9 @@ import torch
 
 from fastft.ops import adamw as ops
 
+# What a group of an 8-bit optimizer says of its state: settled when it is made, and the same where the state is loaded.
+FIXED = ("state_bits", "code", "block_size", "format")
+
 
 class Fused(torch.optim.Optimizer):
     """What ZeRO needs of an optimizer, and what makes it resume bit for bit.
@@ -21,6 +24,7 @@ class Fused(torch.optim.Optimizer):
         given = {k: v for k, v in param_group.items() if k in ("lr", "betas", "weight_decay", "eps")}
         _check(**given)
         super().add_param_group(param_group)
+        self._remember_groups()
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -76,6 +80,16 @@ class Fused(torch.optim.Optimizer):
                 self.state[p] = {k: v.to(p.device, copy=True) if torch.is_tensor(v) else v for k, v in saved.items()}
                 if "step" in saved:
                     self.state[p]["step"] = int(saved["step"])
+        self._remember_groups()
+
+    def restore_groups(self):
+        """Gives each group its own settings again: DeepSpeed's universal loader copies those of the first into all."""
+        for group, own in self._own:
+            group.update(own)
+
+    def _remember_groups(self):
+        keys = ("weight_decay", *FIXED)
+        self._own = [(group, {key: group[key] for key in keys if key in group}) for group in self.param_groups]
 
     def _check_saved(self, state_dict):
         """Raises ValueError, before anything is changed, for a state that this optimizer cannot go on from."""

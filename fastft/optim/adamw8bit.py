@@ -8,11 +8,9 @@ pass that allocates nothing. Resuming is bit for bit. What is shared with a univ
 import torch
 
 from fastft.ops import adamw as ops
-from fastft.optim.adamw import AdamW, Fused, _zeros
+from fastft.optim.adamw import FIXED, AdamW, Fused, _zeros
 
 FORMAT = 1
-# What a group says of its state: fixed at its making, and the same where the state is loaded.
-FIXED = ("state_bits", "code", "block_size", "format")
 
 
 class Quantised(Fused):
@@ -28,7 +26,6 @@ class Quantised(Fused):
             raise ValueError(f"code={code!r}: must be one of {', '.join(ops.CODES)}")
         fixed = {"state_bits": 8, "code": code, "block_size": ops.BLOCK, "format": FORMAT}
         super().__init__(params, {**defaults, **fixed})
-        self.restore_groups(remember=True)
 
     def add_param_group(self, param_group):
         if param_group.get("state_bits", 8) not in (8, 32):
@@ -38,16 +35,6 @@ class Quantised(Fused):
         if param_group.get("block_size", ops.BLOCK) != ops.BLOCK:
             raise ValueError(f"block_size={param_group['block_size']}: must be {ops.BLOCK}")
         super().add_param_group(param_group)
-        if hasattr(self, "_groups"):
-            self.restore_groups(remember=True)
-
-    def restore_groups(self, remember=False):
-        """Gives each group its own settings again: DeepSpeed's universal loader copies those of the first into all."""
-        if remember:
-            keys = (*FIXED, "weight_decay")
-            self._groups = [(group, {key: group[key] for key in keys}) for group in self.param_groups]
-        for group, settings in self._groups:
-            group.update(settings)
 
     def _fresh(self, p, group):
         if group["state_bits"] == 32:
@@ -99,10 +86,6 @@ class Quantised(Fused):
                     f"{type(self).__name__}: the codes saved of parameter {i} are {list(codes.shape)}; "
                     f"for {p.numel()} elements they must be {[blocks, ops.BLOCK]}"
                 )
-
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        self.restore_groups(remember=True)
 
 
 class AdamW8bit(Quantised):

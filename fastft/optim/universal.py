@@ -84,12 +84,6 @@ def _widened(shard):
     return shard
 
 
-def after_loading(optimizer):
-    """To be called after DeepSpeed loaded a universal checkpoint: gives the groups their own settings again."""
-    if hasattr(optimizer, "restore_groups"):
-        optimizer.restore_groups()
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=to_universal.__doc__.split("\n")[0])
     parser.add_argument("shards", help="the folder `deepspeed` of a checkpoint")

@@ -232,26 +232,28 @@ def test_hugging_face_trainer_uses_it(tmp_path):
     assert optimizer.state[model.weight]["step"] == 3 and "exp_avg_codes" in optimizer.state[model.weight]
 
 
+UNIVERSAL = [
+    *(f"universal, {optim}, stage {stage}" for optim in ("adamw_8bit", "adamw_torch") for stage in (1, 2, 3)),
+    "universal, lion_8bit, stage 1",
+]
 CHECKS = [
     "adamw_8bit, stage 0, offload none",
     *(f"adamw_8bit, stage {stage}, offload {offload}" for stage in (1, 2, 3) for offload in ("none", "cpu")),
     *("adamw_8bit, stage 0, fp32", "adamw_8bit, stage 2, fp32", "lion_8bit, stage 0", "lion_8bit, stage 3"),
-    *("stages agree", "close to float32", "another optimizer"),
+    *("stages agree", "close to float32", *UNIVERSAL, "another optimizer"),
 ]
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """What optim_checks.py found on two ranks: {check: None or an error}."""
-    out = tmp_path_factory.mktemp("checks")
+def launch_checks(out, ranks):
+    """{check: None or an error} of optim_checks.py in the folder `out`."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(__file__).with_name("optim_checks.py")), str(out)]
     processes = []
     try:
-        for rank in range(2):
+        for rank in range(ranks):
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             with open(out / f"rank-{rank}.log", "w") as log:
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
@@ -259,8 +261,25 @@ def outcomes(tmp_path_factory):
     finally:
         for process in processes:
             process.kill()
-    assert codes == [0, 0], "\n".join((out / f"rank-{rank}.log").read_text()[-3000:] for rank in range(2))
+    tails = [(out / f"rank-{rank}.log").read_text()[-3000:] for rank in range(ranks)]
+    assert codes == [0] * ranks, "\n".join(tails)
     return json.loads((out / "outcomes.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checks")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder):
+    return launch_checks(folder, ranks=2)
+
+
+@pytest.fixture(scope="module")
+def reloaded(folder, outcomes):
+    """One rank goes on from the universal checkpoints that two ranks left."""
+    return launch_checks(folder, ranks=1)
 
 
 @pytest.mark.distributed
@@ -268,3 +287,10 @@ def outcomes(tmp_path_factory):
 def test_two_ranks(outcomes, check):
     assert outcomes.keys() == set(CHECKS)
     assert outcomes[check] is None, outcomes[check]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("check", UNIVERSAL)
+def test_one_rank_goes_on(reloaded, check):
+    assert reloaded.keys() == set(UNIVERSAL)
+    assert reloaded[check] is None, reloaded[check]
