@@ -12,6 +12,9 @@
 #include "common/isa.h"
 #include "cpu/adamw.h"
 #include "cpu/rms_norm.h"
+#ifdef FASTFT_CUDA
+#include "cuda/adamw8bit.h"
+#endif
 
 namespace py = pybind11;
 using namespace fastft;
@@ -65,6 +68,14 @@ PYBIND11_MODULE(_C, module) {
   py::dict dtypes;
   for (int i = 0; i < 3; ++i) dtypes[kDTypeNames[i]] = i;
   module.attr("dtypes") = dtypes;
+
+#ifdef FASTFT_CUDA
+  module.attr("has_cuda") = true;
+  module.def("cuda_device_count", cuda_device_count, "CUDA devices that the driver offers; 0 where there is no driver.");
+  define(module, "cuda_adamw8bit", cuda_adamw8bit);
+#else
+  module.attr("has_cuda") = false;
+#endif
 
   define(module, "adamw", adamw);
   define(module, "adamw8bit", adamw8bit);

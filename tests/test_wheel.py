@@ -27,6 +27,10 @@ x, weight = torch.randn(3, 8, requires_grad=True), torch.ones(8, requires_grad=T
 fastft.ops.rms_norm(x, weight).sum().backward()
 assert x.grad is not None and weight.grad is not None
 print(dispatch.instruction_set())
+if dispatch.instruction_set():  # with CUDA kernels where nvcc is; they load where there is no driver
+    import shutil, fastft_kernels._C as C
+    assert C.has_cuda == (shutil.which("nvcc") is not None), "csrc/cuda/ was left out"
+    assert not C.has_cuda or C.cuda_device_count() == torch.cuda.device_count()
 """
 
 

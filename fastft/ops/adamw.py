@@ -47,10 +47,18 @@ def adamw8bit(params, grads, masters, states, *, lr, betas, eps, weight_decay, s
     """One step of 8-bit AdamW. states: (m codes, m absmax, v codes, v absmax), each a list."""
     if not params:
         return
-    backend = dispatch.choose("adamw8bit", params[0], grads[0])
+    backend = _backend8(params[0], grads[0])
     scalars = reference.scalars(lr, *betas, eps, weight_decay, step, grad_divisor)
     with _Contiguous(params, grads, masters) as (weights, grads, copies):
         _KERNELS8[backend].adamw8bit(weights, grads, copies, *states, scalars, _maps(code, params[0].device))
+
+
+def _backend8(param, grad):
+    """The extension serves CUDA tensors too where nvcc built it: its own kernel, in one launch."""
+    on_gpu = param.device.type == "cuda" and "cpp" in _KERNELS8 and dispatch.requested() in ("auto", "cpp")
+    if on_gpu and _KERNELS8["cpp"].why_not_cuda() is None:
+        return "cpp"
+    return dispatch.choose("adamw8bit", param, grad)
 
 
 def lion8bit(params, grads, masters, states, *, lr, betas, weight_decay, code, grad_divisor=1.0):

@@ -1,0 +1,120 @@
+// 8-bit AdamW on the GPU: one launch for all tensors, the arithmetic of the CPU (common/adamw.h, common/quantize8.h).
+//
+// A warp updates a block of 256 elements, eight per lane, in registers; maxima travel by shuffles. 16 bytes are moved per
+// element, whole sectors at a time: lane l holds the elements l, l + 32, ... of the block.
+#include "cuda/adamw8bit.h"
+
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "common/adamw.h"
+
+namespace fastft {
+namespace {
+
+constexpr int kWarp = 32, kWarps = 4, kPerLane = kQuantBlock / kWarp;
+
+__device__ float warp_max(float x) {
+  for (int step = kWarp / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+  return x;
+}
+
+// Index of the tensor that block `number` belongs to: the last with first[index] <= number.
+__device__ int64_t tensor_of(const int64_t* first, int64_t count, int64_t number) {
+  int64_t low = 0, high = count;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (first[middle] <= number)
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+template <class G, class C, class Code>
+__global__ void __launch_bounds__(kWarp * kWarps)
+    adamw8bit_kernel(const int64_t* rows, const int64_t* first, int64_t count, int64_t blocks, AdamWStep step,
+                     Code code) {
+  const int64_t number = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (number >= blocks) return;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t tensor = tensor_of(first, count, number);
+  const int64_t* row = rows + tensor * 8;
+  const int64_t block = number - first[tensor];
+  const int64_t from = block * kQuantBlock;
+  const int64_t left = row[0] - from;
+  float* w = reinterpret_cast<float*>(row[1]) + from;
+  const G* g = reinterpret_cast<const G*>(row[2]) + from;
+  C* copy = reinterpret_cast<C*>(row[3]);
+  uint8_t* m_codes = reinterpret_cast<uint8_t*>(row[4]) + from;
+  float* m_absmax = reinterpret_cast<float*>(row[5]) + block;
+  uint8_t* v_codes = reinterpret_cast<uint8_t*>(row[6]) + from;
+  float* v_absmax = reinterpret_cast<float*>(row[7]) + block;
+
+  const float m_scale = *m_absmax, v_scale = *v_absmax;
+  float m[kPerLane], roots[kPerLane], m_top = 0.0f, v_top = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kPerLane; ++k) {
+    const int j = lane + k * kWarp;
+    m[k] = roots[k] = 0.0f;
+    if (j < left) {
+      float v = code.read_unsigned(v_codes[j], v_scale);
+      m[k] = code.read_signed(m_codes[j], m_scale);
+      w[j] = guarded_adamw_element(w[j], widen(g[j]), m[k], v, roots[k], step);
+      if (copy != nullptr) narrow(w[j], copy[from + j]);
+      m_top = fmaxf(m_top, magnitude_of(m[k]));
+      v_top = fmaxf(v_top, v);
+    }
+  }
+  const float next_m = stored_absmax(warp_max(m_top)), next_v = stored_absmax(warp_max(v_top));
+  const float m_inverse = reciprocal_or_zero(next_m), root_inverse = reciprocal_or_zero(std::sqrt(next_v));
+#pragma unroll
+  for (int k = 0; k < kPerLane; ++k) {
+    const int j = lane + k * kWarp;
+    if (j < left) {
+      m_codes[j] = static_cast<uint8_t>(code.write_signed(m[k], m_inverse));
+      v_codes[j] = static_cast<uint8_t>(code.write_root(roots[k], root_inverse));
+    }
+  }
+  if (lane == 0) {
+    *m_absmax = next_m;
+    *v_absmax = next_v;
+  }
+}
+
+}  // namespace
+
+void cuda_adamw8bit(const int64_t* rows, const int64_t* first, int64_t count, int64_t blocks, const float* scalars,
+                    const float* maps, DType grad_dtype, DType copy_dtype, void* stream) {
+  if (blocks == 0) return;
+  AdamWStep step;
+  std::memcpy(&step, scalars, sizeof step);
+  const auto launch = [&](auto code) {
+    with_type(grad_dtype, [&](auto grad) {
+      with_type(copy_dtype, [&](auto copy) {
+        using G = typename decltype(grad)::type;
+        using C = typename decltype(copy)::type;
+        const unsigned grid = static_cast<unsigned>((blocks + kWarps - 1) / kWarps);
+        adamw8bit_kernel<G, C><<<grid, kWarp * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(rows, first, count,
+                                                                                               blocks, step, code);
+      });
+    });
+  };
+  if (maps == nullptr)
+    launch(Companded{});
+  else
+    launch(Dynamic{maps, maps + 256});
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(std::string("adamw8bit: ") + cudaGetErrorString(error));
+}
+
+int cuda_device_count() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+}
+
+}  // namespace fastft
