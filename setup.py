@@ -54,7 +54,7 @@ def extensions():
     extension = Extension(
         "fastft_kernels._C",
         sources=sorted(glob("csrc/**/*.cpp", recursive=True)),
-        depends=sorted(glob("csrc/**/*.h", recursive=True)),
+        depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/cuda/*.cu")),
         include_dirs=[pybind11.get_include(), "csrc"],
         language="c++",
         extra_compile_args=COMPILE,

@@ -1,4 +1,4 @@
-"""csrc/cuda/*.cu: nvcc compiles them for every architecture without spills. That the extension with them loads is in test_wheel.py."""
+"""csrc/cuda/*.cu: nvcc compiles them for every architecture without spills. (test_wheel.py loads an extension with them.)"""
 
 import re
 import shutil

@@ -1,0 +1,114 @@
+// Every CPU kernel under the address and undefined-behaviour sanitizers, without Python: test_sanitizers.py compiles this
+// together with csrc/cpu/*.cpp. A kernel is added as one `case_...` function, called in main for each instruction set.
+//
+// Buffers are exactly as large as they must be and begin at an odd element, so a read or write beyond them is seen.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "common/tensor_list.h"
+#include "cpu/adamw.h"
+#include "cpu/rms_norm.h"
+
+using namespace fastft;
+
+namespace {
+
+const int64_t kSizes[] = {1, 15, 255, 256, 257, 16384, 16385, 40001};
+const DType kDTypes[] = {DType::float32, DType::bfloat16, DType::float16};
+
+void check(bool good, const char* what) {
+  if (good) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::exit(1);
+}
+
+// `n` elements of `size` bytes in a block of their own, one element after its start; random bytes: NaN and infinity too.
+class Buffer {
+ public:
+  Buffer(int64_t n, int64_t size, bool random) : bytes_(new uint8_t[(n + 1) * size]), offset_(size) {
+    for (int64_t i = 0; i < (n + 1) * size; ++i) bytes_[i] = random ? static_cast<uint8_t>(std::rand() >> 8) : 0;
+  }
+  template <class T>
+  T* as() {
+    return reinterpret_cast<T*>(bytes_.get() + offset_);
+  }
+  int64_t address() { return reinterpret_cast<int64_t>(bytes_.get() + offset_); }
+
+ private:
+  std::unique_ptr<uint8_t[]> bytes_;
+  int64_t offset_;
+};
+
+int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+void case_adamw(DType grad, DType copy, const float* maps) {
+  const float scalars[] = {0.5f, 0.99f, 0.9f, 0.1f, 0.999f, 0.001f, 0.01f, 1.5f, 1e-8f};
+  for (int64_t n : kSizes) {
+    const int64_t blocks = (n + 255) / 256;
+    Buffer w(n, 4, false), g(n, size_of(grad), true), c(n, size_of(copy), false), m(n, 4, false), v(n, 4, false);
+    Buffer m_codes(blocks * 256, 1, false), m_absmax(blocks, 4, false);
+    Buffer v_codes(blocks * 256, 1, false), v_absmax(blocks, 4, false);
+    const int64_t wide[] = {n, w.address(), g.address(), c.address(), m.address(), v.address()};
+    const int64_t row[] = {n, w.address(), g.address(), c.address(), m_codes.address(), m_absmax.address(),
+                           v_codes.address(), v_absmax.address()};
+    for (int step = 0; step < 2; ++step) {
+      adamw8bit(row, 1, scalars, maps, grad, copy, 2);
+      lion8bit(row, 1, scalars, maps, grad, copy, 2);
+    }
+    for (int64_t i = 0; i < n; ++i) check(std::isfinite(w.as<float>()[i]), "8-bit weights stay finite");
+    for (int64_t i = 0; i < blocks; ++i) check(std::isfinite(v_absmax.as<float>()[i]), "moments stay finite");
+    dequantize8(m_codes.as<uint8_t>(), m_absmax.as<float>(), m.as<float>(), n, 1, maps, 2);
+    dequantize8(v_codes.as<uint8_t>(), v_absmax.as<float>(), v.as<float>(), n, 0, maps, 2);
+    quantize8(m.as<float>(), m_codes.as<uint8_t>(), m_absmax.as<float>(), n, 1, maps, 2);
+    quantize8(v.as<float>(), v_codes.as<uint8_t>(), v_absmax.as<float>(), n, 0, maps, 2);
+    adamw(wide, 1, scalars, grad, copy, 2);
+    const int64_t gradient[] = {n, g.address()};
+    double sum;
+    square_sum(gradient, 1, &sum, grad, 2);
+  }
+}
+
+void case_rms_norm(DType dtype) {
+  const int64_t rows = 3, cols = 77, n = rows * cols, size = size_of(dtype);
+  Buffer x(n, size, true), weight(cols, size, true), y(n, size, false), rstd(rows, 4, false);
+  Buffer dx(n, size, false), dweight(cols, size, false);
+  for (float offset : {0.0f, 1.0f}) {
+    rms_norm_forward(x.as<void>(), cols, nullptr, 0, weight.as<void>(), y.as<void>(), nullptr, rstd.as<float>(), rows,
+                     cols, 1e-6f, offset, dtype, dtype, 2);
+    rms_norm_backward(y.as<void>(), cols, nullptr, 0, x.as<void>(), cols, weight.as<void>(), rstd.as<float>(),
+                      dx.as<void>(), dweight.as<void>(), rows, cols, offset, dtype, dtype, 2);
+  }
+}
+
+// More than 2^31 elements: the arithmetic of pieces, on tensors that are not there.
+void case_many_elements() {
+  const int64_t big = (int64_t{1} << 33) + 5, rows[] = {7, 0, big, 0, 0, 0, 3, 0};
+  const TensorList<2> tensors(rows, 4);
+  check(tensors.elements() == big + 10, "elements are counted in 64 bits");
+  check(tensors.pieces() == 1 + (big + kPiece - 1) / kPiece + 1, "pieces");
+  const auto last_of_big = tensors.piece(tensors.pieces() - 2);
+  check(last_of_big.row == rows + 2 && last_of_big.begin == big - 5 && last_of_big.size == 5, "the end of a big tensor");
+  const auto last = tensors.piece(tensors.pieces() - 1);
+  check(last.row == rows + 6 && last.begin == 0 && last.size == 3, "the tensor after an empty one");
+}
+
+}  // namespace
+
+int main() {
+  std::vector<float> maps(512);
+  for (int i = 0; i < 512; ++i) maps[i] = i < 256 ? (i - 127) / 128.0f : (i - 256) / 255.0f;
+  case_many_elements();
+  for (int isa = 0; isa <= static_cast<int>(best_isa()); ++isa) {
+    active_isa() = static_cast<Isa>(isa);
+    for (DType grad : kDTypes) {
+      case_rms_norm(grad);
+      for (DType copy : kDTypes) case_adamw(grad, copy, nullptr);
+      case_adamw(grad, DType::bfloat16, maps.data());
+    }
+  }
+  std::puts("clean");
+}
