@@ -1,6 +1,7 @@
 """8-bit moments: the kernels equal the reference bit for bit, and neither falls into the pits of 8 bits."""
 
 import importlib
+import importlib.util
 
 import pytest
 import torch
@@ -54,16 +55,21 @@ class Run:
         return m, v
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, in the interpreter
 @pytest.mark.parametrize("lion", [False, True], ids=["adamw", "lion"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.skipif(extension.missing is not None, reason=str(extension.missing))
-def test_cpp_is_the_reference_bit_for_bit(maps, dtype, lion):
-    cpp = importlib.import_module("fastft_kernels.cpp.adamw8bit")
-    for n in SIZES:
+@pytest.mark.parametrize("room", ["cpp", "triton"])
+def test_kernels_are_the_reference_bit_for_bit(room, maps, dtype, lion):
+    if room == "cpp" and extension.missing:
+        pytest.skip(extension.missing)
+    if room == "triton" and (importlib.util.find_spec("triton") is None or torch.cuda.is_available()):
+        pytest.skip("runs in Triton's interpreter")
+    kernel = importlib.import_module(f"fastft_kernels.{room}.adamw8bit")
+    for n in SIZES if room == "cpp" else [1, 257, 700]:
         w = torch.randn(n)
         copies = [None if dtype == torch.float32 else torch.full((n,), float("nan"), dtype=dtype) for _ in range(2)]
         ours, plain = (
-            Run(k, w, maps, c, lion, weight_decay=0.1) for k, c in zip((cpp, reference), copies, strict=True)
+            Run(k, w, maps, c, lion, weight_decay=0.1) for k, c in zip((kernel, reference), copies, strict=True)
         )
         for t in range(4):
             g = (torch.randn(n) * 10.0 ** torch.randint(-8, 2, (n,))).to(dtype)
