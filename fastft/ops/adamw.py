@@ -28,7 +28,7 @@ def _why_not(*tensors):
 
 
 _KERNELS = {"reference": reference} | dispatch.register("adamw", cpp=_why_not)
-_KERNELS8 = {"reference": reference8bit} | dispatch.register("adamw8bit", cpp=_why_not)
+_KERNELS8 = {"reference": reference8bit} | dispatch.register("adamw8bit", triton=_why_not, cpp=_why_not)
 
 
 def adamw(params, grads, masters, ms, vs, *, lr, betas, eps, weight_decay, step, grad_divisor=1.0):

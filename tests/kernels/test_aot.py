@@ -36,3 +36,25 @@ def load(op):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def adamw8bit_variants():
+    signature = dict.fromkeys(["rows_ptr", "first_ptr"], "*i64") | dict.fromkeys(["maps_ptr", "scalars_ptr"], "*fp32")
+    signature |= {"grad_like_ptr": "*bf16", "copy_like_ptr": "*bf16", "count": "i32"}
+    for lion in (False, True):
+        for dynamic in (False, True):
+            yield {
+                "kernel": "fastft_kernels.triton.adamw8bit:step_kernel",
+                "signature": signature,
+                "constants": {"HAS_COPY": True, "LION": lion, "DYNAMIC": dynamic, "FIELDS": 6 if lion else 8},
+                "num_warps": 1,
+                "enable_fp_fusion": False,
+            }
+
+
+def test_adamw8bit(compile_ahead):
+    variants = [variant | {"arch": arch} for arch in ARCHITECTURES for variant in adamw8bit_variants()]
+    for variant, report in zip(variants, compile_ahead(variants), strict=True):
+        name = f"sm_{variant['arch']}, {variant['constants']}: {report}"
+        assert report["stack_bytes"] == report["STL"] == report["LDL"] == 0, name
+        assert report["shared_bytes"] <= report["shared_limit"], name

@@ -13,9 +13,6 @@ from fastft_kernels.reference import adamw8bit as reference
 
 BLOCK = 256
 WARPS = 1  # eight elements a lane
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-SCALARS = ["grad_scale", "decay", "beta1", "rest1", "beta2", "rest2", "rate", "root_scale", "eps"]
-
 quantize, dequantize = reference.quantize, reference.dequantize  # once for each checkpoint, not in a step
 
 
@@ -80,9 +77,9 @@ def step_kernel(
     first_ptr,
     maps_ptr,
     scalars_ptr,
+    grad_like_ptr,
+    copy_like_ptr,
     count,
-    GRAD: tl.constexpr,
-    COPY: tl.constexpr,
     HAS_COPY: tl.constexpr,
     LION: tl.constexpr,
     DYNAMIC: tl.constexpr,
@@ -102,7 +99,7 @@ def step_kernel(
     j = block * 256 + lanes
     mask = j < tl.load(row)
     w_ptr = tl.load(row + 1).to(tl.pointer_type(tl.float32)) + j
-    g_ptr = tl.load(row + 2).to(tl.pointer_type(GRAD)) + j
+    g_ptr = tl.load(row + 2).to(grad_like_ptr.dtype) + j
     m_ptr = tl.load(row + 4).to(tl.pointer_type(tl.uint8)) + j
     m_absmax_ptr = tl.load(row + 5).to(tl.pointer_type(tl.float32)) + block
     grad_scale = tl.load(scalars_ptr)
@@ -145,7 +142,7 @@ def step_kernel(
     w = tl.where(good, decay * w - rate * change, w)
     tl.store(w_ptr, w, mask)
     if HAS_COPY:
-        tl.store(tl.load(row + 3).to(tl.pointer_type(COPY)) + j, w.to(COPY), mask)
+        tl.store(tl.load(row + 3).to(copy_like_ptr.dtype) + j, w.to(copy_like_ptr.dtype.element_ty), mask)
     m_absmax = stored_absmax(tl.abs(m))
     tl.store(m_ptr, write_signed(m, reciprocal_or_zero(m_absmax), maps_ptr, DYNAMIC).to(tl.uint8), mask)
     tl.store(m_absmax_ptr, m_absmax)
@@ -177,9 +174,9 @@ def _launch(weights, grads, copies, states, scalars, maps, lion):
             upload(torch.tensor(first, dtype=torch.int64)),
             numbers if maps is None else maps,
             numbers,
+            grads[0],  # for their dtypes
+            weights[0] if copies[0] is None else copies[0],
             len(rows),
-            GRAD=TYPES[grads[0].dtype],
-            COPY=TYPES[torch.float32 if copies[0] is None else copies[0].dtype],
             HAS_COPY=copies[0] is not None,
             LION=lion,
             DYNAMIC=maps is not None,
