@@ -36,8 +36,7 @@ def read_unsigned(codes, absmax, maps_ptr, DYNAMIC: tl.constexpr):
 def nearest(map_ptr, x):
     low = tl.zeros_like(x).to(tl.int32)
     for i in tl.static_range(8):
-        half: tl.constexpr = 128 >> i
-        low += tl.where(tl.load(map_ptr + low + half) <= x, half, 0)
+        low += tl.where(tl.load(map_ptr + low + (128 >> i)) <= x, 128 >> i, 0)
     high = tl.minimum(low + 1, 255)
     return tl.where(x - tl.load(map_ptr + low) <= tl.load(map_ptr + high) - x, low, high)
 
@@ -68,7 +67,7 @@ def stored_absmax(x):
 
 @triton.jit
 def reciprocal_or_zero(x):
-    return tl.where(x > 0, tl.div_rn(1.0, tl.where(x > 0, x, 1.0)), 0.0)
+    return tl.where(x > 0, tl.div_rn(x * 0.0 + 1.0, tl.where(x > 0, x, 1.0)), 0.0)
 
 
 @triton.jit(do_not_specialize=["count"])
