@@ -2,13 +2,15 @@
 
     s = scale * q kᵀ,   s = softcap * tanh(s / softcap),   p = softmax(s over the allowed keys),   o = dropout(p) v
 
-Eager calls run the reference and PyTorch differentiates it. torch.compile sees one opaque op, because how packed
-sequences are batched depends on the data; its backward computes the forward again, with the same dropout.
+A kernel module has `forward(q, k, v, *settings) -> (o, lse)` and `backward(do, dlse, q, k, v, o, lse, *settings) ->
+(dq, dk, dv)`, settings as in `_SETTINGS`: `causal` is right = 0, and dlse is None where nothing depends on lse. The
+reference is differentiated by PyTorch; under torch.compile its backward computes the forward again, with the same dropout.
 """
 
 import os
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from fastft.ops import dispatch
 from fastft_kernels.reference.attention import attention as reference
@@ -16,21 +18,28 @@ from fastft_kernels.reference.attention import attention as reference
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CHECK_EVERYWHERE = os.environ.get("FASTFT_CHECK") == "1"
 _SETTINGS = (
-    "bool causal, float? scale, int? left, int? right, float? softcap, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "Tensor? key_lengths, float dropout_p, Tensor? seed, bool return_lse"
+    "float scale, int? left, int? right, float? softcap, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? key_lengths, float dropout_p, Tensor? seed"
 )
 
-dispatch.register("attention")
+
+def _why_not_triton(q, k, v, scale):
+    if q.dtype == torch.float64:
+        return "it computes float32, bfloat16 and float16, and q is torch.float64"
+    if not scale > 0:
+        return f"it takes a scale above 0, and this one is {scale}"
+    return None
 
 
-def _forward(q, k, v, *settings):
+_KERNELS = dispatch.register("attention")
+
+
+def _reference(q, k, v, scale, left, right, softcap, cu_seqlens_q, cu_seqlens_k, key_lengths, dropout_p, seed, lse):
     """(o, lse), where a lse that nobody asked for is an empty tensor: a custom op cannot return None."""
-    causal, scale, left, right, softcap, cu_seqlens_q, cu_seqlens_k, key_lengths, dropout_p, seed, return_lse = settings
     result = reference(
         q,
         k,
         v,
-        causal=causal,
         scale=scale,
         window=(left, right),
         softcap=softcap,
@@ -39,55 +48,97 @@ def _forward(q, k, v, *settings):
         key_lengths=key_lengths,
         dropout_p=dropout_p,
         seed=seed,
-        return_lse=return_lse,
+        return_lse=lse,
     )
-    return result if return_lse else (result, q.new_empty(0, dtype=torch.float32))
+    return result if lse else (result, q.new_empty(0, dtype=torch.float32))
+
+
+def _forward(q, k, v, *settings):
+    *settings, return_lse, backend = settings
+    if backend == "reference":
+        return _reference(q, k, v, *settings, return_lse)
+    return _KERNELS[backend].forward(q, k, v, *settings)
+
+
+def _backward(do, dlse, q, k, v, o, lse, *settings):
+    *settings, return_lse, backend = settings
+    if backend != "reference":
+        return _KERNELS[backend].backward(do, dlse, q, k, v, o, lse, *settings)
+    # autograd.grad would find nothing: a custom op runs with autograd dispatched away, whatever the grad mode.
+    (_, lse), gradients = torch.func.vjp(lambda q, k, v: _reference(q, k, v, *settings, return_lse), q, k, v)
+    return gradients((do, torch.zeros_like(lse) if dlse is None else dlse))
+
+
+def _setup_context(ctx, inputs, output):
+    o, lse = output
+    *settings, return_lse, backend = inputs[3:]
+    tensors = {i: x for i, x in enumerate(settings) if isinstance(x, torch.Tensor)}
+    # The reference computes o and lse again: where they are not needed they are not kept.
+    results = (lse[:0], lse[:0]) if backend == "reference" else (o, lse)
+    ctx.save_for_backward(*inputs[:3], *results, *tensors.values())
+    ctx.positions = tuple(tensors)
+    ctx.settings = [None if i in tensors else x for i, x in enumerate(settings)] + [return_lse, backend]
+    if not return_lse:
+        ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, backward, do, dlse):
+    """Gradients of the inputs. `backward` is the function above or the custom op around it."""
+    q, k, v, o, lse, *tensors = ctx.saved_tensors
+    settings = list(ctx.settings)
+    for i, x in zip(ctx.positions, tensors, strict=True):
+        settings[i] = x
+    do = torch.zeros_like(q) if do is None else do
+    return *backward(do, dlse, q, k, v, o, lse, *settings), *(None for _ in settings)
+
+
+class _Attention(torch.autograd.Function):
+    """The eager path of the kernels: less than half the dispatch cost of a custom op."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dlse):
+        return _gradients(ctx, _backward, do, dlse)
 
 
 @torch.library.custom_op(
-    "fastft::attention", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor)"
+    "fastft::attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_SETTINGS}, bool return_lse, str backend) -> (Tensor, Tensor)",
 )
 def _op(q, k, v, *settings):
-    out, lse = _forward(q, k, v, *settings)
-    return out.contiguous(), lse.contiguous()
+    return tuple(x.contiguous() for x in _forward(q, k, v, *settings))
 
 
 @_op.register_fake
 def _(q, k, v, *settings):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1] if settings[-1] else 0, dtype=torch.float32)
+    has_lse = settings[-2] or settings[-1] != "reference"
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1] if has_lse else 0, dtype=torch.float32)
 
 
 @torch.library.custom_op(
     "fastft::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_SETTINGS}, "
+    "bool return_lse, str backend) -> (Tensor, Tensor, Tensor)",
 )
-def _backward_op(dout, dlse, q, k, v, *settings):
-    # autograd.grad would find nothing: a custom op runs with autograd dispatched away, whatever the grad mode.
-    _, gradients = torch.func.vjp(lambda q, k, v: _forward(q, k, v, *settings), q, k, v)
-    return tuple(gradient.contiguous() for gradient in gradients((dout, dlse)))
+def _backward_op(do, dlse, q, k, v, o, lse, *settings):
+    return tuple(x.contiguous() for x in _backward(do, dlse, q, k, v, o, lse, *settings))
 
 
 @_backward_op.register_fake
-def _(dout, dlse, q, k, v, *settings):
+def _(do, dlse, q, k, v, *others):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def _setup_context(ctx, inputs, output):
-    tensors = {i: x for i, x in enumerate(inputs) if isinstance(x, torch.Tensor)}
-    ctx.save_for_backward(*tensors.values())
-    ctx.positions = tuple(tensors)
-    ctx.others = tuple(None if i in tensors else x for i, x in enumerate(inputs))
-
-
-def _gradients(ctx, dout, dlse):
-    inputs = list(ctx.others)
-    for i, x in zip(ctx.positions, ctx.saved_tensors, strict=True):
-        inputs[i] = x
-    return *_backward_op(dout, dlse, *inputs), *(None for _ in inputs[3:])
-
-
-_op.register_autograd(_gradients, setup_context=_setup_context)
+_op.register_autograd(lambda ctx, do, dlse: _gradients(ctx, _backward_op, do, dlse), setup_context=_setup_context)
 
 
 def attention(
@@ -135,22 +186,31 @@ def attention(
     else:
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_lengths)
-    dispatch.choose("attention", q, k, v)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     device = q.device.type
     if torch.is_autocast_enabled(device):
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    backend = dispatch.choose("attention", q, k, v, scale)
     if dropout_p and seed is None:
         seed = torch.randint(2**63 - 1, ())  # on the CPU whatever the device: checkpointing restores that generator
-    left, right = (None, None) if window is None else window
-    compiling = torch.compiler.is_compiling()
-    if compiling and isinstance(seed, int):
+    elif dropout_p and not isinstance(seed, torch.Tensor):
         seed = torch.tensor(seed)
+    left, right = (None, None) if window is None else window
     sequences = cu_seqlens_q, cu_seqlens_k, key_lengths
+    settings = (
+        scale,
+        left,
+        0 if causal else right,
+        softcap,
+        *sequences,
+        dropout_p,
+        seed if dropout_p else None,
+        return_lse,
+    )
+    run = _op if torch.compiler.is_compiling() else _forward if backend == "reference" else _Attention.apply
     with torch.autocast(device, enabled=False):
-        out, lse = (_op if compiling else _forward)(
-            q, k, v, causal, scale, left, right, softcap, *sequences, dropout_p, seed, return_lse
-        )
-    return (out, lse) if return_lse else out
+        o, lse = run(q, k, v, *settings, backend)
+    return (o, lse) if return_lse else o
 
 
 def _check(q, k, v, causal, window, softcap, dropout_p):

@@ -276,19 +276,8 @@ def test_compiles_without_a_graph_break(options):
 
 def test_opcheck():
     inputs, sequences = packed_inputs(([3, 4], [5, 2]), (4, 2, 8), torch.float32)
-    settings = (
-        True,
-        None,
-        None,
-        None,
-        None,
-        sequences["cu_seqlens_q"],
-        sequences["cu_seqlens_k"],
-        None,
-        0.0,
-        None,
-        True,
-    )
+    bounds = sequences["cu_seqlens_q"], sequences["cu_seqlens_k"]
+    settings = (8**-0.5, None, 0, None, *bounds, None, 0.0, None, True, "reference")
     torch.library.opcheck(_op, (*inputs, *settings))
 
 
