@@ -31,7 +31,7 @@ def _why_not_triton(q, k, v, scale):
     return None
 
 
-_KERNELS = dispatch.register("attention")
+_KERNELS = dispatch.register("attention", triton=_why_not_triton)
 
 
 def _reference(q, k, v, scale, left, right, softcap, cu_seqlens_q, cu_seqlens_k, key_lengths, dropout_p, seed, lse):

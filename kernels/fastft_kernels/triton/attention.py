@@ -16,7 +16,18 @@ import triton.language as tl
 
 from fastft_kernels.triton import _attention_config as config
 from fastft_kernels.triton import attention_backward
-from fastft_kernels.triton._attention_tiles import INFINITY, LN2, bounds, keep, key_range, load, place, store, tanh, visible
+from fastft_kernels.triton._attention_tiles import (
+    INFINITY,
+    LN2,
+    bounds,
+    keep,
+    key_range,
+    load,
+    place,
+    store,
+    tanh,
+    visible,
+)
 
 
 @triton.jit
@@ -245,7 +256,7 @@ def forward_kernel(
 
 
 def forward(q, k, v, scale, left, right, softcap, cu_seqlens_q, cu_seqlens_k, key_lengths, dropout_p, seed):
-    """(o, lse). key_lengths: int [B] or [B, 2]; seed: int64 tensor of one, anywhere. Two launches never wait for one another."""
+    """(o, lse). key_lengths: int [B] or [B, 2]; seed: int64 tensor of one, on any device."""
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     # Rows are adjacent in memory, as programs write them.
     lse = q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32).transpose(-1, -2)
@@ -255,7 +266,7 @@ def forward(q, k, v, scale, left, right, softcap, cu_seqlens_q, cu_seqlens_k, ke
         return o.zero_(), lse.fill_(-torch.inf)
     call = config.Call(q, k, v, scale, left, right, softcap, cu_seqlens_q, cu_seqlens_k, key_lengths, dropout_p, seed)
     block_m, block_n, warps, stages = call.blocks("forward")
-    tiles = call.tiles(call.q, cu_seqlens_q, block_m)
+    tiles = call.tiles(call.q, block_m)
     pairs = call.pairs(call.q)
     with torch.cuda.device_of(q):
         forward_kernel[(tiles * pairs,)](

@@ -610,7 +610,7 @@ def backward(
             num_warps=4,
         )
         block_m, block_n, warps, stages = call.blocks("dkdv")
-        tiles = call.tiles(call.k, cu_seqlens_k, block_n)
+        tiles = call.tiles(call.k, block_n)
         dkdv_kernel[(tiles * pairs_k,)](
             call.q,
             call.k,
@@ -635,7 +635,7 @@ def backward(
             num_stages=stages,
         )
         block_m, block_n, warps, stages = call.blocks("dq")
-        tiles = call.tiles(call.q, cu_seqlens_q, block_m)
+        tiles = call.tiles(call.q, block_m)
         dq_kernel[(tiles * pairs,)](
             call.q,
             call.k,
