@@ -59,6 +59,11 @@ class Rows:
         batches = _Pad.apply(x, self, dtype).split([n * H * S for n, H, S in self.shapes])
         return [batch.view(*shape, -1) for batch, shape in zip(batches, self.shapes, strict=True)]
 
+    def tokens(self):
+        """For each batch int64 [n, S]: the token of each slot, the same for all heads."""
+        batches = self.index.div(self.heads, rounding_mode="floor").split([n * H * S for n, H, S in self.shapes])
+        return [batch.view(shape)[:, 0] for batch, shape in zip(batches, self.shapes, strict=True)]
+
     def unpad(self, batches, dtype, fill):
         """Batches [n, H, S, D] -> [T, H, D], in `dtype`, with `fill` in the unused rows."""
         return _Unpad.apply(torch.cat([x.reshape(-1, x.shape[-1]) for x in batches]), self, dtype, fill)

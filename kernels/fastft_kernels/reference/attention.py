@@ -14,8 +14,7 @@ the scores exist, in fp32.
 import torch
 import torch.nn.functional as F
 
-from fastft_kernels.reference import _segments
-from fastft_kernels.reference.dropout import generator, keep_mask
+from fastft_kernels.reference import _philox, _segments
 
 
 def attention(
@@ -44,20 +43,24 @@ def attention(
     left, right = (None, None) if window is None else window
     right = 0 if causal else right
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    random = (dropout_p, generator(q.device, seed)) if dropout_p else None
+    if dropout_p and seed is None:
+        seed = torch.randint(2**63 - 1, ())
+    random = (dropout_p, int(seed)) if dropout_p else None
     explicit = bool(random or softcap or return_lse)
     half = q.dtype in (torch.float16, torch.bfloat16)
     # Without tile instructions PyTorch's bf16 attention on a CPU takes eight times as long as the same in fp32.
     dtype = torch.float32 if half and (explicit or q.device.type == "cpu") else q.dtype
 
-    def compute(*batch):
-        return _explicit(*batch, scale, softcap, random, return_lse) if explicit else (_fused(*batch, scale), None)
+    def compute(batch, rows):
+        return (
+            _explicit(*batch, rows, scale, softcap, random, return_lse) if explicit else (_fused(*batch, scale), None)
+        )
 
     if not q.numel() or not k.numel():
         out, lse = _nothing(q, k, v)
     elif cu_seqlens_q is None:
         mask = _padded_mask(q.shape[1], k.shape[1], key_lengths, left, right, q.device)
-        out, lse = compute(*(x.transpose(1, 2).to(dtype) for x in (q, k, v)), mask)
+        out, lse = compute((*(x.transpose(1, 2).to(dtype) for x in (q, k, v)), mask), None)
         out, lse = out.transpose(1, 2).to(q.dtype), lse.transpose(1, 2) if return_lse else None
     else:
         multiple = 8 if explicit else 1  # softmax works on whole vectors
@@ -66,7 +69,8 @@ def attention(
         if not batches:
             out, lse = _nothing(q, k, v)
         else:
-            out, lse = zip(*(compute(*batch) for batch in batches), strict=True)
+            rows = segments.queries.tokens() if random else [None] * len(batches)
+            out, lse = zip(*map(compute, batches, rows), strict=True)
             out, lse = segments.unpack(out, q.dtype), segments.unpack_lse(lse) if return_lse else None
     return (out, lse) if return_lse else out
 
@@ -95,8 +99,11 @@ def _fused(q, k, v, mask, scale):
     return out if mask.blind is None else out.masked_fill(mask.blind, 0)
 
 
-def _explicit(q, k, v, mask, scale, softcap, random, return_lse):
-    """One batch, q [n, H, Sq, D], with its scores in memory. Returns (o, lse [n, H, Sq] or None)."""
+def _explicit(q, k, v, mask, rows, scale, softcap, random, return_lse):
+    """One batch, q [n, H, Sq, D], with its scores in memory. Returns (o, lse [n, H, Sq] or None).
+
+    rows: int64 [n, Sq], the rows of the packed tensor that the queries are, or None for a padded batch.
+    """
     n, H, Sq, D = q.shape
     heads, Sk = k.shape[1:3]
     # The query heads that share a key head become rows of one product: no copy of k and v for each of them.
@@ -110,13 +117,27 @@ def _explicit(q, k, v, mask, scale, softcap, random, return_lse):
     probabilities = scores.softmax(-1)
     lse = scores.logsumexp(-1).view(n, H, Sq) if return_lse else None
     if random:
-        keep, probability = keep_mask(probabilities.shape, *random, probabilities.dtype)
-        probabilities = probabilities * keep.mul_(1 / probability)
+        keep = _keep(n, H, Sq, Sk, rows, *random, q.device).view(probabilities.shape)
+        probabilities = probabilities * keep.to(probabilities.dtype).mul_(
+            65536 / (65536 - _philox.drop_threshold(random[0]))
+        )
     out = torch.bmm(probabilities.view(n * heads, -1, Sk), v).view(n, H, Sq, D)
     if mask.blind is not None:
         out = out.masked_fill(mask.blind, 0)
         lse = lse.masked_fill(mask.blind.squeeze(-1), -torch.inf) if return_lse else None
     return out, lse
+
+
+def _keep(n, H, Sq, Sk, rows, p, seed, device):
+    """bool [n, H, Sq, Sk]: the scores that dropout keeps."""
+    head = torch.arange(H, device=device)[:, None, None]
+    if rows is None:
+        head = head + H * torch.arange(n, device=device)[:, None, None, None]
+        row = torch.arange(Sq, device=device)[:, None]
+    else:
+        row = rows[:, None, :, None]
+    block = torch.arange(-(-Sk // 8), device=device)
+    return _philox.draws(seed, block, row, head, 1).flatten(-2)[..., :Sk] >= _philox.drop_threshold(p)
 
 
 class _Scores(torch.autograd.Function):

@@ -1,0 +1,52 @@
+"""Every entry of the tables of block sizes, with all that its kind may switch on: where registers are tightest."""
+
+POINTERS = ("q_ptr", "k_ptr", "v_ptr", "o_ptr", "do_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
+FLOATS = ("factor", "inner", "kept", "scale")
+
+
+def variants():
+    from fastft_kernels.triton._attention_config import BLOCKS
+
+    for (kernel, arch, kind), sizes in BLOCKS.items():
+        for D, blocks in sizes.items():
+            yield variant(kernel, arch, kind, D, *blocks)
+
+
+def variant(kernel, arch, kind, D, block_m, block_n, warps, stages):
+    """kind: `half` without and `special` with softcap and dropout, in bfloat16, or `float` with both, in float32."""
+    import importlib
+
+    from fastft_kernels.triton._attention_config import parts
+
+    module = "attention" if kernel == "forward" else "attention_backward"
+    module = f"fastft_kernels.triton.{module}"
+    names = getattr(importlib.import_module(module), f"{kernel}_kernel").arg_names
+    D0, D1 = parts(D)
+    constants = {
+        **{"HEADS": 32, "GROUP": 4, "PACKED": True, "PADDED": False, "LEFT": True, "RIGHT": True},
+        **{"SOFTCAP": kind != "half", "DROPOUT": kind != "half", "SEED_THERE": False},
+        **{"PRECISION": "ieee", "D": D, "D0": D0, "D1": D1, "BLOCK_M": block_m, "BLOCK_N": block_n},
+    }
+    signature = {}
+    for name in names:
+        if name in POINTERS:
+            signature[name] = "*fp32" if kind == "float" else "*bf16"
+        elif name in ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "key_lengths_ptr", "seed_ptr"):
+            signature[name] = "*i64" if name == "seed_ptr" else "*i32"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32"
+        elif name in FLOATS:
+            signature[name] = "fp32"
+        elif name not in constants:
+            signature[name] = "i64" if name == "seed" else "i32"
+    aligned = [name for name in names if name.endswith(("_ptr", "_batch", "_row", "_head"))]
+    return {
+        "kernel": f"{module}:{kernel}_kernel",
+        "signature": signature,
+        "constants": constants,
+        "divisible_by_16": [name for name in aligned if not name.startswith("lse_")],
+        "num_warps": warps,
+        "num_stages": stages,
+        "archs": [arch],
+        "expect": {"HGMMA": 1} if kind != "float" else {},
+    }
