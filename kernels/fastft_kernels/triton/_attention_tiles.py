@@ -147,7 +147,7 @@ def key_range(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Keys that ROWS queries from `start` may see: (low, full_low, full_high, high), the full ones are seen by all."""
+    """The walk (`cut`) over the keys that ROWS queries from `start` may see; the full tiles are seen by all."""
     last = tl.minimum(start + ROWS, q_len) - 1
     low, high, full_low, full_high = first, end, first, end
     if LEFT:
@@ -173,7 +173,7 @@ def query_range(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Queries that may see some of ROWS keys from `start`, as `key_range`."""
+    """The walk (`cut`) over the queries that may see some of ROWS keys from `start`; those in full tiles see all."""
     last = tl.minimum(start + ROWS, end) - 1
     low, high, full_low, full_high = 0, q_len, 0, q_len
     if RIGHT:
@@ -188,11 +188,17 @@ def query_range(
 
 @triton.jit
 def cut(low, full_low, full_high, high, STEP: tl.constexpr):
-    """Both ends of the full part moved inwards to a multiple of STEP, and `low` outwards."""
+    """(full_low, full_count, low, left, jump, count): how to walk low ... high - 1 in tiles of STEP.
+
+    full_count tiles from full_low lie in full_low ... full_high - 1 and need no mask; of the other `count` the first
+    `left` start at `low`, and those after them `jump` further on: one loop serves the tiles on both sides of the full.
+    """
     low = low // STEP * STEP
     full_low = tl.maximum(tl.cdiv(full_low, STEP) * STEP, low)
-    full_high = tl.maximum(tl.maximum(full_high, 0) // STEP * STEP, full_low)
-    return low, full_low, full_high, high
+    full_count = tl.maximum(tl.minimum(full_high, high) - full_low, 0) // STEP
+    rest = full_low + full_count * STEP
+    left = tl.cdiv(tl.maximum(tl.minimum(full_low, high) - low, 0), STEP)
+    return full_low, full_count, low, left, rest - low - left * STEP, left + tl.cdiv(tl.maximum(high - rest, 0), STEP)
 
 
 @triton.jit

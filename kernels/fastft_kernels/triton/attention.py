@@ -43,7 +43,9 @@ def forward_tiles(
     v_ptr,
     v_stride,
     low,
-    high,
+    turn,
+    shift,
+    count,
     rows,
     offset,
     left,
@@ -68,8 +70,11 @@ def forward_tiles(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Adds the keys low ... high - 1 to the softmax; EDGE: some of them are not seen by all queries."""
-    for start in range(low, high, BLOCK_N):
+    """Adds a walk of keys to the softmax; EDGE: some of them are not seen by all queries."""
+    for i in range(0, count):
+        start = low + i * BLOCK_N
+        if EDGE:
+            start += tl.where(i < turn, 0, shift)
         k0 = load(k_ptr, start, k_stride, first, end, BLOCK_N, 0, D0, D, EDGE)
         s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
         if D1 > 0:
@@ -183,7 +188,7 @@ def forward_kernel(
     lse_ptr += b * lse_batch + h * lse_head + q_start * lse_row
     offset = k_len - q_len
     rows = start + tl.arange(0, BLOCK_M)
-    low, full_low, full_high, high = key_range(
+    full_low, full_count, low, before, jump, count = key_range(
         start, q_len, offset, left, right, first, end, LEFT, RIGHT, BLOCK_M, BLOCK_N
     )
     if SEED_THERE:
@@ -200,51 +205,50 @@ def forward_kernel(
         q1 = load(q_ptr, start, q_row, 0, q_len, BLOCK_M, D0, D1, D, True)
         acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
 
-    for part in tl.static_range(3):  # up to the full tiles, the full tiles, and the rest
-        if part == 1 or part == 2 or LEFT or PADDED:
-            if part == 0:
-                lo, hi = low, tl.minimum(full_low, high)
-            elif part == 1:
-                lo, hi = full_low, full_high
-            else:
-                lo, hi = full_high, high
-            acc0, acc1, total, top = forward_tiles(
-                acc0,
-                acc1,
-                total,
-                top,
-                q0,
-                q1,
-                k_ptr,
-                k_row,
-                v_ptr,
-                v_row,
-                lo,
-                hi,
-                rows,
-                offset,
-                left,
-                right,
-                first,
-                end,
-                factor,
-                inner,
-                seed,
-                row,
-                number,
-                threshold,
-                part != 1,
-                LEFT,
-                RIGHT,
-                SOFTCAP,
-                DROPOUT,
-                PRECISION,
-                D,
-                D0,
-                D1,
-                BLOCK_M,
-                BLOCK_N,
-            )
+    for part in tl.static_range(2):  # the full tiles, then those that a mask crosses
+        if part == 0:
+            lo, turn, shift, tiles_here = full_low, full_count, 0, full_count
+        else:
+            lo, turn, shift, tiles_here = low, before, jump, count
+        acc0, acc1, total, top = forward_tiles(
+            acc0,
+            acc1,
+            total,
+            top,
+            q0,
+            q1,
+            k_ptr,
+            k_row,
+            v_ptr,
+            v_row,
+            lo,
+            turn,
+            shift,
+            tiles_here,
+            rows,
+            offset,
+            left,
+            right,
+            first,
+            end,
+            factor,
+            inner,
+            seed,
+            row,
+            number,
+            threshold,
+            part == 1,
+            LEFT,
+            RIGHT,
+            SOFTCAP,
+            DROPOUT,
+            PRECISION,
+            D,
+            D0,
+            D1,
+            BLOCK_M,
+            BLOCK_N,
+        )
 
     blind = total == 0.0
     divisor = tl.where(blind, 0.0, kept / tl.where(blind, 1.0, total))

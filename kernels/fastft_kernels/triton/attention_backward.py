@@ -91,7 +91,9 @@ def dkdv_tiles(
     lse2_ptr,
     delta_ptr,
     low,
-    high,
+    turn,
+    shift,
+    count,
     key,
     q_len,
     offset,
@@ -118,8 +120,11 @@ def dkdv_tiles(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Adds what the queries low ... high - 1 of one head contribute; EDGE: some see not all keys, or are not there."""
-    for start in range(low, high, BLOCK_M):
+    """Adds what a walk of queries of one head contributes; EDGE: some see not all keys, or are not there."""
+    for i in range(0, count):
+        start = low + i * BLOCK_M
+        if EDGE:
+            start += tl.where(i < turn, 0, shift)
         rows = start + tl.arange(0, BLOCK_M)
         q0 = load(q_ptr, start, q_stride, 0, q_len, BLOCK_M, 0, D0, D, EDGE)
         s = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)
@@ -251,7 +256,7 @@ def dkdv_kernel(
     dk_ptr += b * dk_batch + h * dk_head + k_start * dk_row
     dv_ptr += b * dk_batch + h * dk_head + k_start * dk_row
     offset = k_len - q_len
-    low, full_low, full_high, high = query_range(
+    full_low, full_count, low, before, jump, count = query_range(
         start, q_len, offset, left, right, first, end, LEFT, RIGHT, BLOCK_N, BLOCK_M
     )
     if SEED_THERE:
@@ -273,57 +278,56 @@ def dkdv_kernel(
         query_head = h * GROUP + member
         number = b * HEADS + query_head
         spread = number * total + q_start
-        for part in tl.static_range(3):  # up to the full tiles, the full tiles, and the rest
-            if part == 1 or part == 2 or RIGHT:
-                if part == 0:
-                    lo, hi = low, tl.minimum(full_low, high)
-                elif part == 1:
-                    lo, hi = full_low, tl.minimum(full_high, high)
-                else:
-                    lo, hi = full_high, high
-                dk0, dk1, dv0, dv1 = dkdv_tiles(
-                    dk0,
-                    dk1,
-                    dv0,
-                    dv1,
-                    k0,
-                    k1,
-                    v0,
-                    v1,
-                    q_ptr + query_head * q_head,
-                    q_row,
-                    do_ptr + query_head * do_head,
-                    do_row,
-                    lse2_ptr + spread,
-                    delta_ptr + spread,
-                    lo,
-                    hi,
-                    start,
-                    q_len,
-                    offset,
-                    left,
-                    right,
-                    first,
-                    end,
-                    factor,
-                    inner,
-                    seed,
-                    row,
-                    number.to(tl.int32),
-                    threshold,
-                    kept,
-                    part != 1,
-                    LEFT,
-                    RIGHT,
-                    SOFTCAP,
-                    DROPOUT,
-                    PRECISION,
-                    D,
-                    D0,
-                    D1,
-                    BLOCK_M,
-                    BLOCK_N,
-                )
+        for part in tl.static_range(2):  # the full tiles, then those that a mask crosses
+            if part == 0:
+                lo, turn, shift, tiles_here = full_low, full_count, 0, full_count
+            else:
+                lo, turn, shift, tiles_here = low, before, jump, count
+            dk0, dk1, dv0, dv1 = dkdv_tiles(
+                dk0,
+                dk1,
+                dv0,
+                dv1,
+                k0,
+                k1,
+                v0,
+                v1,
+                q_ptr + query_head * q_head,
+                q_row,
+                do_ptr + query_head * do_head,
+                do_row,
+                lse2_ptr + spread,
+                delta_ptr + spread,
+                lo,
+                turn,
+                shift,
+                tiles_here,
+                start,
+                q_len,
+                offset,
+                left,
+                right,
+                first,
+                end,
+                factor,
+                inner,
+                seed,
+                row,
+                number.to(tl.int32),
+                threshold,
+                kept,
+                part == 1,
+                LEFT,
+                RIGHT,
+                SOFTCAP,
+                DROPOUT,
+                PRECISION,
+                D,
+                D0,
+                D1,
+                BLOCK_M,
+                BLOCK_N,
+            )
 
     keys = start + tl.arange(0, BLOCK_N)
     there = ((keys >= first) & (keys < end))[:, None]
@@ -349,7 +353,9 @@ def dq_tiles(
     v_ptr,
     v_stride,
     low,
-    high,
+    turn,
+    shift,
+    count,
     rows,
     offset,
     left,
@@ -375,8 +381,11 @@ def dq_tiles(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Adds what the keys low ... high - 1 contribute; EDGE: some of them are not seen by all queries."""
-    for start in range(low, high, BLOCK_N):
+    """Adds what a walk of keys contributes; EDGE: some of them are not seen by all queries."""
+    for i in range(0, count):
+        start = low + i * BLOCK_N
+        if EDGE:
+            start += tl.where(i < turn, 0, shift)
         k0 = load(k_ptr, start, k_stride, first, end, BLOCK_N, 0, D0, D, EDGE)
         v0 = load(v_ptr, start, v_stride, first, end, BLOCK_N, 0, D0, D, EDGE)
         s = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
@@ -492,7 +501,7 @@ def dq_kernel(
     spread = pair.to(tl.int64) * total + q_start
     offset = k_len - q_len
     rows = start + tl.arange(0, BLOCK_M)
-    low, full_low, full_high, high = key_range(
+    full_low, full_count, low, before, jump, count = key_range(
         start, q_len, offset, left, right, first, end, LEFT, RIGHT, BLOCK_M, BLOCK_N
     )
     if SEED_THERE:
@@ -510,54 +519,53 @@ def dq_kernel(
         do1 = load(do_ptr, start, do_row, 0, q_len, BLOCK_M, D0, D1, D, True)
         dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
 
-    for part in tl.static_range(3):  # up to the full tiles, the full tiles, and the rest
-        if part == 1 or part == 2 or LEFT or PADDED:
-            if part == 0:
-                lo, hi = low, tl.minimum(full_low, high)
-            elif part == 1:
-                lo, hi = full_low, full_high
-            else:
-                lo, hi = full_high, high
-            dq0, dq1 = dq_tiles(
-                dq0,
-                dq1,
-                q0,
-                q1,
-                do0,
-                do1,
-                lse2,
-                delta,
-                k_ptr,
-                k_row,
-                v_ptr,
-                v_row,
-                lo,
-                hi,
-                rows,
-                offset,
-                left,
-                right,
-                first,
-                end,
-                factor,
-                inner,
-                seed,
-                row,
-                pair,
-                threshold,
-                kept,
-                part != 1,
-                LEFT,
-                RIGHT,
-                SOFTCAP,
-                DROPOUT,
-                PRECISION,
-                D,
-                D0,
-                D1,
-                BLOCK_M,
-                BLOCK_N,
-            )
+    for part in tl.static_range(2):  # the full tiles, then those that a mask crosses
+        if part == 0:
+            lo, turn, shift, tiles_here = full_low, full_count, 0, full_count
+        else:
+            lo, turn, shift, tiles_here = low, before, jump, count
+        dq0, dq1 = dq_tiles(
+            dq0,
+            dq1,
+            q0,
+            q1,
+            do0,
+            do1,
+            lse2,
+            delta,
+            k_ptr,
+            k_row,
+            v_ptr,
+            v_row,
+            lo,
+            turn,
+            shift,
+            tiles_here,
+            rows,
+            offset,
+            left,
+            right,
+            first,
+            end,
+            factor,
+            inner,
+            seed,
+            row,
+            pair,
+            threshold,
+            kept,
+            part == 1,
+            LEFT,
+            RIGHT,
+            SOFTCAP,
+            DROPOUT,
+            PRECISION,
+            D,
+            D0,
+            D1,
+            BLOCK_M,
+            BLOCK_N,
+        )
 
     store(dq_ptr, start, dq_row, q_len, dq0 * scale, BLOCK_M, 0, D0, D)
     if D1 > 0:
