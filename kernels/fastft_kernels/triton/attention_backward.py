@@ -109,6 +109,8 @@ def dkdv_tiles(
     threshold,
     kept,
     EDGE: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -145,26 +147,31 @@ def dkdv_tiles(
             see = visible(rows[None, :], cols[:, None], offset, left, right, first, end, LEFT, RIGHT)
             p = tl.where(see, p, 0.0)
         do0 = load(do_ptr, start, do_stride, 0, q_len, BLOCK_M, 0, D0, D, EDGE)
-        dp = tl.dot(v0, tl.trans(do0), input_precision=PRECISION)
         if D1 > 0:
             do1 = load(do_ptr, start, do_stride, 0, q_len, BLOCK_M, D0, D1, D, EDGE)
-            dp = tl.dot(v1, tl.trans(do1), dp, input_precision=PRECISION)
         if DROPOUT:
             kept_here = tl.trans(keep(seed, row + start, key, head, threshold, BLOCK_M, BLOCK_N))
-            dropped = tl.where(kept_here, p, 0.0).to(do0.dtype)
-            dp = tl.where(kept_here, dp * kept, 0.0)
-        else:
-            dropped = p.to(do0.dtype)
-        dv0 = tl.dot(dropped, do0, dv0, input_precision=PRECISION)
-        if D1 > 0:
-            dv1 = tl.dot(dropped, do1, dv1, input_precision=PRECISION)
-        ds = p * (dp - delta[None, :])
-        if SOFTCAP:
-            ds = ds * (1 - s * s)
-        ds = ds.to(q0.dtype)
-        dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
-        if D1 > 0:
-            dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
+        if DV:
+            dropped = p
+            if DROPOUT:
+                dropped = tl.where(kept_here, p, 0.0)
+            dropped = dropped.to(do0.dtype)
+            dv0 = tl.dot(dropped, do0, dv0, input_precision=PRECISION)
+            if D1 > 0:
+                dv1 = tl.dot(dropped, do1, dv1, input_precision=PRECISION)
+        if DK:
+            dp = tl.dot(v0, tl.trans(do0), input_precision=PRECISION)
+            if D1 > 0:
+                dp = tl.dot(v1, tl.trans(do1), dp, input_precision=PRECISION)
+            if DROPOUT:
+                dp = tl.where(kept_here, dp * kept, 0.0)
+            ds = p * (dp - delta[None, :])
+            if SOFTCAP:
+                ds = ds * (1 - s * s)
+            ds = ds.to(q0.dtype)
+            dk0 = tl.dot(ds, q0, dk0, input_precision=PRECISION)
+            if D1 > 0:
+                dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
     return dk0, dk1, dv0, dv1
 
 
@@ -221,6 +228,8 @@ def dkdv_kernel(
     SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr,
     SEED_THERE: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     D0: tl.constexpr,
@@ -228,7 +237,7 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dk and dv, of one layout, of a tile of keys. total: the rows of q in all, over which lse2 and delta are spread."""
+    """dk and dv, of one layout, of a tile of keys: both with DK and DV, else one. total: the rows of q in all, over which lse2 and delta are spread."""
     tile, pair = place(tl.program_id(0), tiles, pairs, section, False)
     batch, head, start, q_start, k_start, q_len, k_len, first, end = bounds(
         tile,
@@ -317,6 +326,8 @@ def dkdv_kernel(
                 threshold,
                 kept,
                 part == 1,
+                DK,
+                DV,
                 LEFT,
                 RIGHT,
                 SOFTCAP,
@@ -331,11 +342,14 @@ def dkdv_kernel(
 
     keys = start + tl.arange(0, BLOCK_N)
     there = ((keys >= first) & (keys < end))[:, None]
-    store(dk_ptr, start, dk_row, k_len, tl.where(there, dk0 * scale, 0.0), BLOCK_N, 0, D0, D)
-    store(dv_ptr, start, dk_row, k_len, tl.where(there, dv0 * kept, 0.0), BLOCK_N, 0, D0, D)
-    if D1 > 0:
-        store(dk_ptr, start, dk_row, k_len, tl.where(there, dk1 * scale, 0.0), BLOCK_N, D0, D1, D)
-        store(dv_ptr, start, dk_row, k_len, tl.where(there, dv1 * kept, 0.0), BLOCK_N, D0, D1, D)
+    if DK:
+        store(dk_ptr, start, dk_row, k_len, tl.where(there, dk0 * scale, 0.0), BLOCK_N, 0, D0, D)
+        if D1 > 0:
+            store(dk_ptr, start, dk_row, k_len, tl.where(there, dk1 * scale, 0.0), BLOCK_N, D0, D1, D)
+    if DV:
+        store(dv_ptr, start, dk_row, k_len, tl.where(there, dv0 * kept, 0.0), BLOCK_N, 0, D0, D)
+        if D1 > 0:
+            store(dv_ptr, start, dk_row, k_len, tl.where(there, dv1 * kept, 0.0), BLOCK_N, D0, D1, D)
 
 
 @triton.jit
@@ -617,31 +631,35 @@ def backward(
             BLOCK_M=64,
             num_warps=4,
         )
-        block_m, block_n, warps, stages = call.blocks("dkdv")
-        tiles = call.tiles(call.k, block_n)
-        dkdv_kernel[(tiles * pairs_k,)](
-            call.q,
-            call.k,
-            call.v,
-            do,
-            lse2,
-            delta,
-            dk,
-            dv,
-            *call.pointers,
-            *config.strides(call.q, call.k, call.v, do, config.batched(dk)),
-            total,
-            scale,
-            tiles,
-            pairs_k,
-            call.section(heads_k, pairs_k),
-            *call.numbers,
-            **call.constants,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            num_warps=warps,
-            num_stages=stages,
-        )
+        # Registers hold both accumulators up to 128 columns; wider heads pay one more product for two launches.
+        for kernel in ("dkdv",) if q.shape[-1] <= 128 else ("dk", "dv"):
+            block_m, block_n, warps, stages = call.blocks(kernel)
+            tiles = call.tiles(call.k, block_n)
+            dkdv_kernel[(tiles * pairs_k,)](
+                call.q,
+                call.k,
+                call.v,
+                do,
+                lse2,
+                delta,
+                dk,
+                dv,
+                *call.pointers,
+                *config.strides(call.q, call.k, call.v, do, config.batched(dk)),
+                total,
+                scale,
+                tiles,
+                pairs_k,
+                call.section(heads_k, pairs_k),
+                *call.numbers,
+                **call.constants,
+                DK="dk" in kernel,
+                DV="dv" in kernel,
+                BLOCK_M=block_m,
+                BLOCK_N=block_n,
+                num_warps=warps,
+                num_stages=stages,
+            )
         block_m, block_n, warps, stages = call.blocks("dq")
         tiles = call.tiles(call.q, block_m)
         dq_kernel[(tiles * pairs,)](

@@ -20,11 +20,13 @@ def variant(kernel, arch, kind, D, block_m, block_n, warps, stages):
 
     module = "attention" if kernel == "forward" else "attention_backward"
     module = f"fastft_kernels.triton.{module}"
-    names = getattr(importlib.import_module(module), f"{kernel}_kernel").arg_names
+    function = "dkdv_kernel" if kernel in ("dkdv", "dk", "dv") else f"{kernel}_kernel"
+    names = getattr(importlib.import_module(module), function).arg_names
     D0, D1 = parts(D)
     constants = {
         **{"HEADS": 32, "GROUP": 4, "PACKED": True, "PADDED": False, "LEFT": True, "RIGHT": True},
         **{"SOFTCAP": kind != "half", "DROPOUT": kind != "half", "SEED_THERE": False},
+        **({"DK": "dk" in kernel, "DV": "dv" in kernel} if function == "dkdv_kernel" else {}),
         **{"PRECISION": "ieee", "D": D, "D0": D0, "D1": D1, "BLOCK_M": block_m, "BLOCK_N": block_n},
     }
     signature = {}
@@ -41,7 +43,7 @@ def variant(kernel, arch, kind, D, block_m, block_n, warps, stages):
             signature[name] = "i64" if name == "seed" else "i32"
     aligned = [name for name in names if name.endswith(("_ptr", "_batch", "_row", "_head"))]
     return {
-        "kernel": f"{module}:{kernel}_kernel",
+        "kernel": f"{module}:{function}",
         "signature": signature,
         "constants": constants,
         "divisible_by_16": [name for name in aligned if not name.startswith("lse_")],
