@@ -12,8 +12,8 @@ import torch
 from fastft_kernels.reference import _philox
 
 pytest.importorskip("triton")
-from fastft_kernels.triton import _attention_config as config  # noqa: E402
-from fastft_kernels.triton import attention as kernel  # noqa: E402
+from fastft_kernels.triton import _attention_config as config
+from fastft_kernels.triton import attention as kernel
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

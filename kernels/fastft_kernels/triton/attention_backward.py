@@ -29,7 +29,7 @@ from fastft_kernels.triton._attention_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["q_len", "has_dlse"])
+@triton.jit(do_not_specialize=["q_len"])
 def delta_kernel(
     do_ptr,
     o_ptr,
@@ -57,9 +57,10 @@ def delta_kernel(
     BLOCK_M: tl.constexpr,
 ):
     """delta, and lse to base 2, both [pairs, q_len]; for rows that see nothing 0 and +inf, which makes p and ds zero."""
-    pair = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(q_len, BLOCK_M)
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = pair // HEADS, pair % HEADS
-    start = tl.program_id(0) * BLOCK_M
+    start = tl.program_id(0) % tiles * BLOCK_M
     do = load(do_ptr + b * do_batch + h * do_head, start, do_row, 0, q_len, BLOCK_M, 0, BLOCK_D, D, True)
     o = load(o_ptr + b * o_batch + h * o_head, start, o_row, 0, q_len, BLOCK_M, 0, BLOCK_D, D, True)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
@@ -237,7 +238,10 @@ def dkdv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dk and dv, of one layout, of a tile of keys: both with DK and DV, else one. total: the rows of q in all, over which lse2 and delta are spread."""
+    """dk and dv, of one layout, of a tile of keys: both with DK and DV, else one.
+
+    total: the rows of q in all, over which lse2 and delta are spread.
+    """
     tile, pair = place(tl.program_id(0), tiles, pairs, section, False)
     batch, head, start, q_start, k_start, q_len, k_len, first, end = bounds(
         tile,
@@ -615,7 +619,7 @@ def backward(
     pairs, pairs_k = call.pairs(call.q), call.pairs(call.k)
     delta, lse2 = q.new_empty(2, pairs, total, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        delta_kernel[(triton.cdiv(total, 64), pairs)](
+        delta_kernel[(triton.cdiv(total, 64) * pairs,)](
             do,
             o,
             dlse_there,
