@@ -303,10 +303,9 @@ def test_layers_share_one_plan():
     assert not torch.equal(first, attention(*inputs, cu_seqlens_q=bounds))
 
 
-@pytest.mark.parametrize("name", ["triton", "cpp"])
-def test_a_backend_without_a_kernel(name):
-    x = torch.randn(1, 4, 2, 8)
-    with fastft.backend(name), pytest.raises(fastft.BackendError, match=f"attention has no {name} kernel"):
+def test_a_backend_without_a_kernel():
+    x = torch.randn(1, 4, 2, 8, dtype=torch.float64)
+    with fastft.backend("triton"), pytest.raises(fastft.BackendError, match="triton"):
         attention(x, x, x)
     with fastft.backend("reference"):
         attention(x, x, x)
