@@ -13,7 +13,7 @@ def variants():
 
 
 def variant(kernel, arch, kind, D, block_m, block_n, warps, stages):
-    """kind: `half` without and `special` with softcap and dropout, in bfloat16, or `float` with both, in float32."""
+    """kind: `half` without and `special` with left window, softcap and dropout, in bfloat16; `float` with them, in float32."""
     import importlib
 
     from fastft_kernels.triton._attention_config import parts
@@ -24,7 +24,7 @@ def variant(kernel, arch, kind, D, block_m, block_n, warps, stages):
     names = getattr(importlib.import_module(module), function).arg_names
     D0, D1 = parts(D)
     constants = {
-        **{"HEADS": 32, "GROUP": 4, "PACKED": True, "PADDED": False, "LEFT": True, "RIGHT": True},
+        **{"HEADS": 32, "GROUP": 4, "PACKED": True, "PADDED": False, "LEFT": kind != "half", "RIGHT": True},
         **{"SOFTCAP": kind != "half", "DROPOUT": kind != "half", "SEED_THERE": False},
         **({"DK": "dk" in kernel, "DV": "dv" in kernel} if function == "dkdv_kernel" else {}),
         **{"PRECISION": "ieee", "D": D, "D0": D0, "D1": D1, "BLOCK_M": block_m, "BLOCK_N": block_n},
