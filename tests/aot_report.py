@@ -1,10 +1,14 @@
 """What a Triton kernel costs on a GPU that is not there: compile it ahead of time and read the machine code.
 
-Needs no GPU and no driver, about a second per variant. As a script it reads a JSON list of variants from standard input
+Needs no GPU and no driver, a second to ten per variant. As a script it reads a JSON list of variants from standard input
 (the arguments of `compile_report`, `kernel` as "module:function") and prints the list of reports. It must run in a
 process without TRITON_INTERPRET.
+
+Reports are kept in tests/kernels/aot/reports/<module>.json, under a hash of the kernel's source, the variant and the
+version of Triton: what has not changed is not compiled again. What has is compiled, and the file rewritten, to be committed.
 """
 
+import hashlib
 import importlib
 import json
 import os
@@ -12,12 +16,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import triton
 import triton.backends.nvidia as nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+REPORTS = Path(__file__).parent / "kernels" / "aot" / "reports"
 CUOBJDUMP = os.path.join(os.path.dirname(nvidia.__file__), "bin", "cuobjdump")
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may use: compiling does not check it
 COUNTED = ("HGMMA", "UTCHMMA", "HMMA", "UTMALDG", "LDGSTS", "STL", "LDL")
@@ -58,9 +64,41 @@ def disassemble(flag, path):
 
 
 def report(variant):
-    module, function = variant.pop("kernel").split(":")
-    return compile_report(getattr(importlib.import_module(module), function), **variant)
+    module, function = variant["kernel"].split(":")
+    kernel = getattr(importlib.import_module(module), function)
+    return compile_report(kernel, **{name: value for name, value in variant.items() if name != "kernel"})
+
+
+def key(variant):
+    module, function = variant["kernel"].split(":")
+    source = getattr(importlib.import_module(module), function).cache_key  # of all functions that it calls, too
+    text = json.dumps([triton.__version__, source, variant], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def reports(variants):
+    """The report of each variant, from the file of its module where it is known."""
+    files = {}
+    for variant in variants:
+        files.setdefault(REPORTS / f"{variant['kernel'].split(':')[0].split('.')[-1]}.json", []).append(variant)
+    found = {}
+    for path, members in files.items():
+        known = json.loads(path.read_text()) if path.exists() else {}
+        kept = {key(variant): variant for variant in members}
+        for name, variant in kept.items():
+            function = variant["kernel"].split(":")[1]
+            sizes = {k: v for k, v in variant["constants"].items() if type(v) is int}
+            head = {"kernel": function, "arch": variant["arch"], "constants": sizes}
+            found[name] = known[name] if name in known else head | report(variant)
+        # Of kernels that were not asked about now, what is known stays.
+        asked = {entry["kernel"] for entry in (found[name] for name in kept)}
+        others = {name: entry for name, entry in known.items() if entry["kernel"] not in asked}
+        entries = others | {name: found[name] for name in kept}
+        if entries != known and os.access(path.parent, os.W_OK):
+            lines = (f"{json.dumps(name)}: {json.dumps(entries[name])}" for name in sorted(entries))
+            path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    return [found[key(variant)] for variant in variants]
 
 
 if __name__ == "__main__":
-    json.dump([report(variant) for variant in json.load(sys.stdin)], sys.stdout)
+    json.dump(reports(json.load(sys.stdin)), sys.stdout)
