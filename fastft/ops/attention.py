@@ -28,7 +28,7 @@ def _why_not_triton(q, k, v, scale):
         return "it computes float32, bfloat16 and float16, and q is torch.float64"
     if not scale > 0:
         return f"it takes a scale above 0, and this one is {scale}"
-    return None
+    return _KERNELS["triton"].why_not(q.device, q.shape[-1])
 
 
 _KERNELS = dispatch.register("attention", triton=_why_not_triton)

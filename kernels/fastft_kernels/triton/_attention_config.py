@@ -11,6 +11,9 @@ NO_LIMIT = 2**30
 L2_BYTES = 32 * 2**20
 """keys and values that pairs working side by side may read: less than the L2 cache of an A100 or H100"""
 
+SMALL_SHARED = ((8, 6), (8, 9), (12, 0), (12, 1))
+"""compute capabilities with 99 KiB of shared memory per block, of which the tables for wide heads take more"""
+
 # Head dimension up to -> its parts in columns, powers of two of at least 16 each.
 PARTS = {
     16: (16, 0),
@@ -40,11 +43,23 @@ def blocks(kernel, arch, D, element_size, masked):
 
 
 def architecture(device):
-    """80, 90 or 100, the nearest at or below the GPU's own; 80 under the interpreter."""
+    """80, 90 or 100, whose tensor cores are the GPU's; 80 under the interpreter."""
     if device.type != "cuda":
         return 80
     major, _ = torch.cuda.get_device_capability(device)
-    return min(max(major, 8), 10) * 10
+    return {9: 90, 10: 100, 11: 100}.get(major, 80)  # 12, the consumer Blackwells, has Ampere's instructions
+
+
+def why_not(device, D):
+    """Why no table fits this device and head dimension, or None."""
+    if device.type != "cuda":
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
+    if capability in SMALL_SHARED and D > 128:
+        return f"this GPU has too little shared memory for heads above 128, and these are {D}"
+    return None
 
 
 def batched(x, dim=4):

@@ -295,3 +295,4 @@ def forward(q, k, v, scale, left, right, softcap, cu_seqlens_q, cu_seqlens_k, ke
 
 
 backward = attention_backward.backward
+why_not = config.why_not
