@@ -28,18 +28,69 @@ PARTS = {
     256: (256, 0),
 }
 
-# (kernel, bytes per element) -> {columns up to: (BLOCK_M, BLOCK_N, warps, stages)} by architecture
-BLOCKS = {}
+# fmt: off
+# (kernel, architecture, kind) -> {columns up to: (BLOCK_M, BLOCK_N, warps, stages)}. Kinds: bfloat16 and float16 as `half`,
+# as `special` with a left window, softcap or dropout; float32 as `float`. Tiles whose rows are fewer than 64 stay without
+# Hopper's matrix instructions.
+BLOCKS = {
+    ("forward", 80, "half"): {32: (128, 64, 4, 3), 64: (128, 64, 8, 3), 96: (128, 64, 8, 2), 128: (128, 64, 8, 2), 192: (128, 32, 8, 1), 256: (64, 64, 8, 1)},
+    ("dkdv", 80, "half"): {32: (64, 128, 8, 2), 64: (32, 128, 8, 2), 96: (32, 128, 8, 2), 128: (32, 128, 8, 1)},
+    ("dk", 80, "half"): {192: (32, 128, 8, 1), 256: (16, 128, 8, 1)},
+    ("dv", 80, "half"): {192: (32, 128, 8, 1), 256: (32, 128, 8, 1)},
+    ("dq", 80, "half"): {32: (128, 64, 8, 2), 64: (128, 64, 8, 3), 96: (128, 64, 8, 2), 128: (128, 32, 8, 1), 192: (128, 16, 8, 1), 256: (64, 64, 8, 1)},
+    ("forward", 90, "half"): {32: (128, 64, 4, 3), 64: (128, 128, 8, 3), 96: (128, 128, 8, 2), 128: (128, 64, 8, 2), 192: (128, 64, 8, 2), 256: (128, 64, 8, 1)},
+    ("dkdv", 90, "half"): {32: (64, 128, 8, 2), 64: (64, 128, 8, 1), 96: (32, 128, 8, 1), 128: (16, 128, 8, 1)},
+    ("dk", 90, "half"): {192: (16, 128, 8, 1), 256: (32, 32, 4, 1)},
+    ("dv", 90, "half"): {192: (32, 128, 8, 1), 256: (16, 128, 8, 1)},
+    ("dq", 90, "half"): {32: (128, 64, 8, 2), 64: (128, 64, 8, 3), 96: (128, 64, 8, 2), 128: (128, 64, 8, 2), 192: (128, 64, 8, 1), 256: (128, 32, 8, 1)},
+    ("forward", 100, "half"): {32: (128, 64, 4, 3), 64: (128, 128, 8, 3), 96: (128, 64, 8, 2), 128: (128, 64, 8, 2), 192: (128, 64, 8, 2), 256: (128, 32, 8, 1)},
+    ("dkdv", 100, "half"): {32: (64, 128, 8, 1), 64: (64, 128, 8, 1), 96: (32, 128, 8, 1), 128: (32, 128, 8, 1)},
+    ("dk", 100, "half"): {192: (32, 128, 8, 1), 256: (32, 64, 8, 1)},
+    ("dv", 100, "half"): {192: (64, 128, 8, 1), 256: (32, 128, 8, 1)},
+    ("dq", 100, "half"): {32: (128, 64, 8, 2), 64: (128, 64, 8, 3), 96: (128, 32, 8, 1), 128: (128, 64, 8, 2), 192: (128, 64, 8, 1), 256: (128, 32, 8, 1)},
+    ("forward", 80, "special"): {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 96: (128, 64, 8, 2), 128: (128, 32, 8, 2), 192: (64, 16, 4, 1), 256: (64, 64, 8, 1)},
+    ("dkdv", 80, "special"): {32: (64, 128, 8, 1), 64: (32, 128, 8, 1), 96: (16, 128, 8, 1), 128: (16, 128, 8, 1)},
+    ("dk", 80, "special"): {192: (32, 32, 4, 1), 256: (32, 64, 8, 1)},
+    ("dv", 80, "special"): {192: (16, 128, 8, 1), 256: (16, 128, 8, 1)},
+    ("dq", 80, "special"): {32: (128, 64, 8, 1), 64: (128, 32, 8, 1), 96: (64, 32, 8, 1), 128: (128, 32, 8, 1), 192: (64, 16, 4, 1), 256: (64, 64, 8, 1)},
+    ("forward", 90, "special"): {32: (128, 64, 4, 2), 64: (128, 64, 8, 2), 96: (128, 64, 8, 2), 128: (128, 64, 8, 2), 192: (128, 32, 8, 2), 256: (64, 16, 4, 1)},
+    ("dkdv", 90, "special"): {32: (64, 128, 8, 1), 64: (32, 128, 8, 2), 96: (16, 128, 8, 1), 128: (16, 128, 8, 1)},
+    ("dk", 90, "special"): {192: (32, 32, 4, 1), 256: (32, 32, 4, 1)},
+    ("dv", 90, "special"): {192: (32, 128, 8, 1), 256: (16, 128, 8, 1)},
+    ("dq", 90, "special"): {32: (128, 64, 8, 1), 64: (128, 64, 8, 2), 96: (128, 64, 8, 1), 128: (128, 32, 8, 1), 192: (128, 32, 8, 1), 256: (32, 32, 8, 1)},
+    ("forward", 100, "special"): {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 96: (128, 64, 8, 2), 128: (128, 64, 8, 2), 192: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
+    ("dkdv", 100, "special"): {32: (64, 128, 8, 1), 64: (64, 128, 8, 1), 96: (32, 128, 8, 1), 128: (32, 128, 8, 1)},
+    ("dk", 100, "special"): {192: (32, 128, 8, 1), 256: (32, 32, 4, 1)},
+    ("dv", 100, "special"): {192: (32, 128, 8, 1), 256: (32, 128, 8, 1)},
+    ("dq", 100, "special"): {32: (64, 64, 4, 1), 64: (128, 64, 8, 2), 96: (128, 64, 8, 1), 128: (128, 64, 8, 1), 192: (128, 64, 8, 1), 256: (128, 32, 8, 1)},
+    ("forward", 80, "float"): {32: (32, 32, 8, 1), 64: (32, 32, 4, 1), 96: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+    ("dkdv", 80, "float"): {32: (32, 32, 4, 1), 64: (16, 32, 4, 1), 96: (32, 32, 8, 1), 128: (32, 32, 8, 1)},
+    ("dk", 80, "float"): {256: (32, 16, 8, 1)},
+    ("dv", 80, "float"): {256: (32, 16, 8, 1)},
+    ("dq", 80, "float"): {32: (64, 32, 4, 2), 64: (64, 32, 8, 1), 96: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 8, 1)},
+    ("forward", 90, "float"): {32: (32, 32, 4, 1), 64: (32, 16, 4, 1), 96: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 8, 1)},
+    ("dkdv", 90, "float"): {32: (32, 32, 4, 1), 64: (16, 32, 4, 1), 96: (16, 32, 8, 1), 128: (32, 32, 8, 1)},
+    ("dk", 90, "float"): {256: (32, 16, 8, 1)},
+    ("dv", 90, "float"): {256: (16, 16, 8, 1)},
+    ("dq", 90, "float"): {32: (64, 32, 4, 2), 64: (64, 32, 8, 1), 96: (32, 16, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
+    ("forward", 100, "float"): {32: (32, 32, 4, 1), 64: (32, 16, 4, 1), 96: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 8, 1)},
+    ("dkdv", 100, "float"): {32: (32, 32, 4, 1), 64: (16, 32, 4, 1), 96: (16, 32, 8, 1), 128: (32, 32, 8, 1)},
+    ("dk", 100, "float"): {256: (32, 16, 8, 1)},
+    ("dv", 100, "float"): {256: (16, 16, 8, 1)},
+    ("dq", 100, "float"): {32: (64, 32, 4, 2), 64: (64, 32, 8, 1), 96: (32, 16, 8, 1), 128: (32, 16, 8, 1), 256: (16, 32, 8, 1)},
+}
+# fmt: on
 
 
-def parts(D):
-    """(D0, D1): the parts that hold a head of D elements."""
-    return PARTS[min(size for size in PARTS if size >= D)]
+def parts(D, element_size):
+    """(D0, D1): the parts that hold a head of D elements. Two wide ones in float32 would spill."""
+    return (256, 0) if element_size == 4 and D > 128 else PARTS[min(size for size in PARTS if size >= D)]
 
 
-def blocks(kernel, arch, D, element_size, masked):
+def blocks(kernel, arch, D, element_size, special):
     """(BLOCK_M, BLOCK_N, warps, stages) of a kernel."""
-    return (32, 32, 4, 1)
+    sizes = BLOCKS[kernel, arch, "float" if element_size == 4 else "special" if special else "half"]
+    return sizes[min(size for size in sizes if size >= D)]
 
 
 def architecture(device):
@@ -84,7 +135,7 @@ class Call:
             key_lengths = _first_and_end(key_lengths, q.device)
         seed_there = seed is not None and seed.device == q.device and q.is_cuda  # elsewhere the host may read it
         drop = min(round(dropout_p * 65536), 65535)
-        self.masked = left is not None or right is not None
+        self.special = left is not None or softcap is not None or drop > 0
         self.pointers = [
             q if x is None else x for x in (cu_seqlens_q, cu_seqlens_k, key_lengths, seed if seed_there else None)
         ]  # q stands for what the kernel does not look at
@@ -99,7 +150,7 @@ class Call:
             drop,
             1 / (1 - drop / 65536),
         ]
-        D0, D1 = parts(q.shape[-1])
+        D0, D1 = parts(q.shape[-1], q.element_size())
         self.constants = {
             "HEADS": self.q.shape[2],
             "GROUP": self.q.shape[2] // self.k.shape[2],
@@ -118,7 +169,7 @@ class Call:
 
     def blocks(self, kernel):
         q = self.q
-        return blocks(kernel, architecture(q.device), q.shape[-1], q.element_size(), self.masked)
+        return blocks(kernel, architecture(q.device), q.shape[-1], q.element_size(), self.special)
 
     def pairs(self, x):
         """Heads of x [B, S, H, D] in all."""

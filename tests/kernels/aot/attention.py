@@ -1,6 +1,8 @@
 """Every entry of the tables of block sizes, with all that its kind may switch on: where registers are tightest."""
 
 POINTERS = ("q_ptr", "k_ptr", "v_ptr", "o_ptr", "do_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
+UNEVEN = {("half", 64): (48,), ("special", 64): (48,), ("half", 128): (112,), ("float", 256): (192,)}
+"""head dimensions that share an entry, but have two parts or columns to mask"""
 FLOATS = ("factor", "inner", "kept", "scale")
 
 
@@ -9,7 +11,8 @@ def variants():
 
     for (kernel, arch, kind), sizes in BLOCKS.items():
         for D, blocks in sizes.items():
-            yield variant(kernel, arch, kind, D, *blocks)
+            for size in (D, *UNEVEN.get((kind, D), ())):
+                yield variant(kernel, arch, kind, size, *blocks)
 
 
 def variant(kernel, arch, kind, D, block_m, block_n, warps, stages):
@@ -22,13 +25,14 @@ def variant(kernel, arch, kind, D, block_m, block_n, warps, stages):
     module = f"fastft_kernels.triton.{module}"
     function = "dkdv_kernel" if kernel in ("dkdv", "dk", "dv") else f"{kernel}_kernel"
     names = getattr(importlib.import_module(module), function).arg_names
-    D0, D1 = parts(D)
+    D0, D1 = parts(D, 4 if kind == "float" else 2)
     constants = {
         **{"HEADS": 32, "GROUP": 4, "PACKED": True, "PADDED": False, "LEFT": kind != "half", "RIGHT": True},
         **{"SOFTCAP": kind != "half", "DROPOUT": kind != "half", "SEED_THERE": False},
         **({"DK": "dk" in kernel, "DV": "dv" in kernel} if function == "dkdv_kernel" else {}),
         **{"PRECISION": "ieee", "D": D, "D0": D0, "D1": D1, "BLOCK_M": block_m, "BLOCK_N": block_n},
     }
+    rows = block_n if function == "dkdv_kernel" else block_m  # of the products, which Hopper multiplies by 64 at least
     signature = {}
     for name in names:
         if name in POINTERS:
@@ -50,5 +54,5 @@ def variant(kernel, arch, kind, D, block_m, block_n, warps, stages):
         "num_warps": warps,
         "num_stages": stages,
         "archs": [arch],
-        "expect": {"HGMMA": 1} if kind != "float" else {},
+        "expect": {"HGMMA": 1} if kind != "float" and rows >= 64 else {},
     }
