@@ -11,6 +11,7 @@
 #include "common/dtype.h"
 #include "common/isa.h"
 #include "cpu/adamw.h"
+#include "cpu/gated_activation.h"
 #include "cpu/rms_norm.h"
 #ifdef FASTFT_CUDA
 #include "cuda/adamw8bit.h"
@@ -80,6 +81,8 @@ PYBIND11_MODULE(_C, module) {
   define(module, "adamw", adamw);
   define(module, "adamw8bit", adamw8bit);
   define(module, "dequantize8", dequantize8);
+  define(module, "gated_activation_forward", gated_activation_forward);
+  define(module, "gated_activation_backward", gated_activation_backward);
   define(module, "lion8bit", lion8bit);
   define(module, "quantize8", quantize8);
   define(module, "rms_norm_forward", rms_norm_forward);
