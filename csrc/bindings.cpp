@@ -11,6 +11,7 @@
 #include "common/dtype.h"
 #include "common/isa.h"
 #include "cpu/dropout.h"
+#include "cpu/layer_norm.h"
 #include "cpu/rms_norm.h"
 
 namespace py = pybind11;
@@ -67,6 +68,8 @@ PYBIND11_MODULE(_C, module) {
   module.attr("dtypes") = dtypes;
 
   define(module, "dropout", dropout);
+  define(module, "layer_norm_forward", layer_norm_forward);
+  define(module, "layer_norm_backward", layer_norm_backward);
   define(module, "rms_norm_forward", rms_norm_forward);
   define(module, "rms_norm_backward", rms_norm_backward);
 }

@@ -5,7 +5,8 @@ The functions are bound here, eagerly, so that none turns into the submodule of 
 
 from fastft.ops.attention import attention
 from fastft.ops.dropout import dropout
+from fastft.ops.layer_norm import layer_norm
 from fastft.ops.linear import linear
 from fastft.ops.rms_norm import rms_norm
 
-__all__ = ["attention", "dropout", "linear", "rms_norm"]
+__all__ = ["attention", "dropout", "layer_norm", "linear", "rms_norm"]

@@ -17,7 +17,7 @@ from fastft_kernels.reference.dropout import dropout as reference
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _why_not_dtype(x):
+def _why_not_dtype(x, *_):
     return None if x.dtype in _DTYPES else f"it computes float32, bfloat16 and float16, and x is {x.dtype}"
 
 
