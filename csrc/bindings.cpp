@@ -12,6 +12,8 @@
 #include "common/isa.h"
 #include "cpu/adamw.h"
 #include "cpu/gated_activation.h"
+#include "cpu/dropout.h"
+#include "cpu/layer_norm.h"
 #include "cpu/rms_norm.h"
 #ifdef FASTFT_CUDA
 #include "cuda/adamw8bit.h"
@@ -85,6 +87,9 @@ PYBIND11_MODULE(_C, module) {
   define(module, "gated_activation_backward", gated_activation_backward);
   define(module, "lion8bit", lion8bit);
   define(module, "quantize8", quantize8);
+  define(module, "dropout", dropout);
+  define(module, "layer_norm_forward", layer_norm_forward);
+  define(module, "layer_norm_backward", layer_norm_backward);
   define(module, "rms_norm_forward", rms_norm_forward);
   define(module, "rms_norm_backward", rms_norm_backward);
   define(module, "square_sum", square_sum);

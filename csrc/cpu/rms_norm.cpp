@@ -3,25 +3,15 @@
 // A row is read from memory once: its second pass finds it in the first or second level cache.
 #include "cpu/rms_norm.h"
 
-#include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "common/columns.h"
 #include "common/lanes.h"
 #include "common/parallel.h"
 
 namespace fastft {
 namespace {
-
-// offset + weight, in float: read once per row, so it is widened once per call.
-std::vector<float> scale_of(const void* weight, DType dtype, int64_t cols, float offset) {
-  std::vector<float> scale(cols);
-  with_type(dtype, [&](auto type) {
-    const auto* values = static_cast<const typename decltype(type)::type*>(weight);
-    for (int64_t j = 0; j < cols; ++j) scale[j] = offset + widen(values[j]);
-  });
-  return scale;
-}
 
 // RoundFirst: the normalised row is rounded to T before the weight multiplies it (Llama), else only after (Gemma).
 template <class T, bool RoundFirst>
@@ -75,14 +65,12 @@ struct Backward {
   const float* rstd;
   T* dx;
   float* partial;
-  int64_t rows;
   int64_t cols;
-  int64_t rows_per_chunk;
+  Chunks chunks;
 
   FASTFT_INLINE void operator()(int64_t begin, int64_t end) const {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t last = std::min(rows, (chunk + 1) * rows_per_chunk);
-      for (int64_t row = chunk * rows_per_chunk; row < last; ++row) {
+      for (int64_t row = chunks.first(chunk); row < chunks.last(chunk); ++row) {
         const T* g = dy + row * dy_stride;
         const T* in = h + row * h_stride;
         const float* s = scale;
@@ -114,35 +102,12 @@ struct Backward {
   }
 };
 
-// dweight[j] = the sum of the chunks' partial sums, in chunk order.
-template <class W>
-struct ReduceChunks {
-  const float* partial;
-  W* dweight;
-  int64_t chunks;
-  int64_t cols;
-
-  FASTFT_INLINE void operator()(int64_t begin, int64_t end) const {
-    constexpr int64_t kBlock = 64;
-    for (int64_t first = begin; first < end; first += kBlock) {
-      const int64_t width = std::min(kBlock, end - first);
-      float sum[kBlock] = {};
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const float* from = partial + chunk * cols + first;
-#pragma omp simd
-        for (int64_t j = 0; j < width; ++j) sum[j] += from[j];
-      }
-      for (int64_t j = 0; j < width; ++j) narrow(sum[j], dweight[first + j]);
-    }
-  }
-};
-
 }  // namespace
 
 void rms_norm_forward(const void* x, int64_t x_stride, const void* residual, int64_t residual_stride,
                       const void* weight, void* y, void* h, float* rstd, int64_t rows, int64_t cols, float eps,
                       float offset, DType dtype, DType weight_dtype, int threads) {
-  const std::vector<float> scale = scale_of(weight, weight_dtype, cols, offset);
+  const std::vector<float> scale = widened(weight, weight_dtype, cols, offset);
   with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto run = [&](auto body) { parallel_for(rows, rows * cols, threads, body); };
@@ -160,24 +125,17 @@ void rms_norm_forward(const void* x, int64_t x_stride, const void* residual, int
 void rms_norm_backward(const void* dy, int64_t dy_stride, const void* dh, int64_t dh_stride, const void* h,
                        int64_t h_stride, const void* weight, const float* rstd, void* dx, void* dweight, int64_t rows,
                        int64_t cols, float offset, DType dtype, DType weight_dtype, int threads) {
-  constexpr int64_t kMinRows = 16, kMaxChunks = 256;
-  const int64_t rows_per_chunk = std::max(kMinRows, (rows + kMaxChunks - 1) / kMaxChunks);
-  const int64_t chunks = (rows + rows_per_chunk - 1) / rows_per_chunk;
-  const std::vector<float> scale = scale_of(weight, weight_dtype, cols, offset);
-  std::vector<float> partial(dweight != nullptr ? chunks * cols : 0);
+  const Chunks chunks(rows);
+  const std::vector<float> scale = widened(weight, weight_dtype, cols, offset);
+  std::vector<float> partial(dweight != nullptr ? chunks.count * cols : 0);
   with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_for(chunks, rows * cols, threads,
+    parallel_for(chunks.count, rows * cols, threads,
                  Backward<T>{static_cast<const T*>(dy), dy_stride, static_cast<const T*>(dh), dh_stride,
                              static_cast<const T*>(h), h_stride, scale.data(), rstd, static_cast<T*>(dx),
-                             dweight != nullptr ? partial.data() : nullptr, rows, cols, rows_per_chunk});
+                             dweight != nullptr ? partial.data() : nullptr, cols, chunks});
   });
-  if (dweight == nullptr) return;
-  with_type(weight_dtype, [&](auto type) {
-    using W = typename decltype(type)::type;
-    parallel_for(cols, chunks * cols, threads,
-                 ReduceChunks<W>{partial.data(), static_cast<W*>(dweight), chunks, cols});
-  });
+  sum_chunks(partial, dweight, weight_dtype, chunks.count, cols, threads);
 }
 
 }  // namespace fastft

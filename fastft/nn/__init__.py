@@ -1,5 +1,7 @@
 """Drop-in layers over fastft.ops. One file per layer."""
 
+from fastft.nn.dropout import Dropout
+from fastft.nn.layer_norm import LayerNorm
 from fastft.nn.rms_norm import RMSNorm
 
-__all__ = ["RMSNorm"]
+__all__ = ["Dropout", "LayerNorm", "RMSNorm"]

@@ -6,7 +6,8 @@ The functions are bound here, eagerly, so that none turns into the submodule of 
 from fastft.ops.attention import attention
 from fastft.ops.dropout import dropout
 from fastft.ops.gated_activation import geglu, swiglu
+from fastft.ops.layer_norm import layer_norm
 from fastft.ops.linear import linear
 from fastft.ops.rms_norm import rms_norm
 
-__all__ = ["attention", "dropout", "geglu", "linear", "rms_norm", "swiglu"]
+__all__ = ["attention", "dropout", "geglu", "layer_norm", "linear", "rms_norm", "swiglu"]

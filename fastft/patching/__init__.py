@@ -152,7 +152,7 @@ def _replace_dropouts(model, inner):
     name, attribute = family_of(inner.config).holds_dropout
     holder = layer_class(inner.config, name)
     unused = {getattr(m, attribute) for m in inner.modules() if holder is not None and type(m) is holder}
-    dropouts = [m for m in inner.modules() if type(m) is nn.Dropout and m.p > 0 and m not in unused]
+    dropouts = [m for m in inner.modules() if type(m) is nn.Dropout and 0 < m.p < 1 and m not in unused]
     return _bind(dropouts, layers.dropout)
 
 

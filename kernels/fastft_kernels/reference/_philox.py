@@ -20,6 +20,11 @@ def drop_threshold(p):
     return min(round(p * 65536), 65535)
 
 
+def keep_scale(p):
+    """What kept elements are multiplied with, so that the expectation stays: 1 / probability of being kept."""
+    return 1 / (1 - drop_threshold(p) / 65536)
+
+
 def draws(seed, c0, c1, c2, c3):
     """int64 tensors (or ints) of one broadcast shape -> [..., 8], the eight 16-bit draws of each counter."""
     c = [torch.as_tensor(x, dtype=torch.int64, device=c0.device) for x in (c0, c1, c2, c3)]
@@ -33,8 +38,19 @@ def draws(seed, c0, c1, c2, c3):
     return torch.stack([half for word in c for half in (word & 0xFFFF, word >> 16)], dim=-1)
 
 
+def new_seed(seed=None):
+    """int64 scalar tensor on the CPU: `seed` (int, or a tensor of one), by default a draw from torch's CPU generator.
+
+    That generator serves every device: no synchronisation, and activation checkpointing, which restores it before it
+    recomputes, sees the same masks again.
+    """
+    if seed is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+    return seed if isinstance(seed, torch.Tensor) else torch.tensor(seed, dtype=torch.int64, device="cpu")
+
+
 def keep_mask(shape, p, seed, device="cpu"):
-    """bool mask of the elements of `shape` that dropout keeps."""
+    """seed: int or a tensor of one. bool mask of the elements of `shape` that dropout keeps."""
     elements = torch.Size(shape).numel()
     block = torch.arange(-(-elements // 8), device=device)
     return (draws(seed, block & _MASK, block >> 32, 0, 0).flatten()[:elements] >= drop_threshold(p)).view(shape)

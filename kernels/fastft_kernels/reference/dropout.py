@@ -1,22 +1,27 @@
-"""Dropout in plain PyTorch, from few random draws.
+"""Dropout in plain PyTorch, from few random draws and without a stored mask.
 
     y = x * keep / keep_probability,   keep ~ Bernoulli(1 - p)
 
-`torch.bernoulli` takes one draw of a serial generator per element and costs more than a small matrix product. Here one
-64-bit draw decides four elements, 16 bits each: p is rounded to a multiple of 2^-16, and the scale uses the rounded
-value, so the expectation is exact. On a CPU the whole dropout is about five times as fast as torch's.
+`torch.bernoulli` takes one draw of a serial generator per element and costs more than a small matrix product. Here the
+mask is a function of the seed and the element (_philox.py), 16 bits each: p is rounded to a multiple of 2^-16, and the
+scale uses the rounded value, so the expectation is exact. The product is computed in float32 (float64 for float64); a
+dropped element is 0, whatever it was.
 """
 
 import torch
 
+from fastft_kernels.reference import _philox
 
-def dropout(x, p, seed=None):
-    """x of any shape, 0 <= p < 1. The same seed gives the same mask; without one it comes from torch's CPU generator.
 
-    Saved for backward: the mask, in x's dtype. In half precision the scale is rounded, as in torch's dropout.
+def dropout(x, p, seed):
+    """x of any shape, 0 <= p < 1; seed: int, or an int64 tensor of one on the CPU. Differentiable any number of times.
+
+    Saved for backward: the mask. It is the kernels that draw it again.
     """
-    keep, probability = keep_mask(x.shape, p, generator(x.device, seed), x.dtype)
-    return x * keep.mul_(1 / probability)
+    seed = seed.to(x.device) if isinstance(seed, torch.Tensor) else seed
+    keep = _philox.keep_mask(x.shape, p, seed, x.device)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)) * _philox.keep_scale(p)
+    return wide.masked_fill(~keep, 0).to(x.dtype)
 
 
 def generator(device, seed=None):
