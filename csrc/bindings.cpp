@@ -10,6 +10,7 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "cpu/cross_entropy.h"
 #include "cpu/rms_norm.h"
 
 namespace py = pybind11;
@@ -65,6 +66,7 @@ PYBIND11_MODULE(_C, module) {
   for (int i = 0; i < 3; ++i) dtypes[kDTypeNames[i]] = i;
   module.attr("dtypes") = dtypes;
 
+  define(module, "cross_entropy_forward", cross_entropy_forward);
   define(module, "rms_norm_forward", rms_norm_forward);
   define(module, "rms_norm_backward", rms_norm_backward);
 }
