@@ -1,5 +1,6 @@
 """Drop-in layers over fastft.ops. One file per layer."""
 
+from fastft.nn.linear_cross_entropy import LinearCrossEntropyLoss
 from fastft.nn.rms_norm import RMSNorm
 
-__all__ = ["RMSNorm"]
+__all__ = ["LinearCrossEntropyLoss", "RMSNorm"]

@@ -6,6 +6,7 @@ The functions are bound here, eagerly, so that none turns into the submodule of 
 from fastft.ops.attention import attention
 from fastft.ops.dropout import dropout
 from fastft.ops.linear import linear
+from fastft.ops.linear_cross_entropy import linear_cross_entropy
 from fastft.ops.rms_norm import rms_norm
 
-__all__ = ["attention", "dropout", "linear", "rms_norm"]
+__all__ = ["attention", "dropout", "linear", "linear_cross_entropy", "rms_norm"]

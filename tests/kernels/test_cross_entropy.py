@@ -116,7 +116,9 @@ def test_empty_and_rows_far_apart(kernel, device):
     expected = logits.clone()
     wide[:, 3:53] = logits
     results = kernel.forward(wide[:, 3:53], labels, None, IGNORED, 0.1, None, 0.0, True)
-    for ours, others in zip(results, kernel.forward(expected, labels, None, IGNORED, 0.1, None, 0.0, True), strict=True):
+    for ours, others in zip(
+        results, kernel.forward(expected, labels, None, IGNORED, 0.1, None, 0.0, True), strict=True
+    ):
         assert torch.equal(ours, others)
     assert torch.equal(wide[:, 3:53], expected) and (wide[:, :3] == 7).all() and (wide[:, 53:] == 7).all()
 
