@@ -2,8 +2,8 @@
 
     loss = cross_entropy(softcap * tanh((hidden Wᵀ + bias) / softcap), labels)
 
-Positions whose label is ignored are left out first (on CUDA only by a caller that knows their number, for asking for it
-would wait for the GPU: see `KeptRows`). The others are done in chunks of rows as large as a memory budget allows: the vendor library
+Rows whose label is ignored are left out first (on CUDA by a caller that knows their number, for asking for it would wait
+for the GPU: see `KeptRows`). The others are done in chunks as large as a memory budget allows: the vendor library
 multiplies, one kernel turns the chunk's logits into loss, statistics and gradient in place, and two more products take
 the gradient to the hidden states and to the head, where these are trained. So all of it happens in the forward pass, and
 the backward pass only multiplies by the incoming gradient; with reduction="none", whose incoming gradient differs by
@@ -325,8 +325,8 @@ def linear_cross_entropy(
     Differentiable once in hidden, weight and bias.
 
     Raises ValueError for shapes, dtypes or options that do not fit, and for labels outside [0, V): on the CPU always, on
-    CUDA under FASTFT_CHECK=1 (it would wait for the device; without it their loss is NaN). BackendError where the backend asked for cannot serve.
-    Where no row counts the loss is 0 with zero gradients; on the CPU a warning says so.
+    CUDA under FASTFT_CHECK=1 (it would wait for the device; without it their loss is NaN). BackendError where the backend
+    asked for cannot serve. Where no row counts the loss is 0 with zero gradients; on the CPU a warning says so.
     """
     hidden, weight, bias = _cast(hidden, weight, bias)
     check_head("linear_cross_entropy", hidden, weight, bias)
@@ -391,7 +391,7 @@ def check_labels(op, hidden, labels, ignore_index, vocabulary):
         raise ValueError(
             f"{op}: a label is {int(wrong[0])}; labels must be in [0, {vocabulary}), or {ignore_index} where ignored"
         )
-    if not kept.any():
+    if len(labels) and not kept.any():
         warnings.warn(
             f"{op}: every label is {ignore_index}, ignored: the loss is 0, and so are its gradients", stacklevel=4
         )
