@@ -55,7 +55,9 @@ def sides_of(vocabulary, head, toy):
         sides["compiled"] = run(torch.compile(eager))
     for ours, theirs in zip(sides["fastft"](0), sides["eager"](0), strict=True):
         error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
-        assert error < 4 * torch.finfo(torch.bfloat16).eps, f"fastft differs from eager by {error:.1e}: nothing is timed"
+        assert error < 4 * torch.finfo(torch.bfloat16).eps, (
+            f"fastft differs from eager by {error:.1e}: nothing is timed"
+        )
     sides["products"] = lambda _: products(hidden, weight, g)
     # What a side returns would be kept for the result: tensors are dropped instead.
     return {name: lambda number, side=side: (side(number), None)[1] for name, side in sides.items()}

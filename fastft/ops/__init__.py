@@ -7,6 +7,7 @@ from fastft.ops.attention import attention
 from fastft.ops.dropout import dropout
 from fastft.ops.linear import linear
 from fastft.ops.linear_cross_entropy import linear_cross_entropy
+from fastft.ops.linear_distillation import linear_distillation
 from fastft.ops.rms_norm import rms_norm
 
-__all__ = ["attention", "dropout", "linear", "linear_cross_entropy", "rms_norm"]
+__all__ = ["attention", "dropout", "linear", "linear_cross_entropy", "linear_distillation", "rms_norm"]

@@ -264,11 +264,11 @@ def _gradients(ctx, compute, dloss):
         saved = compute(hidden, weight, bias, labels, dloss.contiguous(), *ctx.options, *needs, ctx.backend)[4:]
         by = None
     dtypes = (saved[0].dtype, *ctx.head_dtypes)
-    scaled = (_scaled(t, by, dtype) if need else None for t, need, dtype in zip(saved, needs, dtypes, strict=True))
+    scaled = (scaled(t, by, dtype) if need else None for t, need, dtype in zip(saved, needs, dtypes, strict=True))
     return (*scaled, *nothing[3:])
 
 
-def _scaled(gradient, by, dtype):
+def scaled(gradient, by, dtype):
     """gradient * by in `dtype`; a head's is done in slices, for it is large."""
     if by is None:
         return gradient.to(dtype)
@@ -328,7 +328,7 @@ def linear_cross_entropy(
     CUDA under FASTFT_CHECK=1 (it would wait for the device; without it their loss is NaN). BackendError where the backend
     asked for cannot serve. Where no row counts the loss is 0 with zero gradients; on the CPU a warning says so.
     """
-    hidden, weight, bias = _cast(hidden, weight, bias)
+    hidden, weight, bias = cast(hidden, weight, bias)
     check_head("linear_cross_entropy", hidden, weight, bias)
     _check(hidden, weight, labels, ignore_index, label_smoothing, softcap, z_loss, reduction, num_items)
     backend = dispatch.choose("cross_entropy", hidden, weight)
@@ -349,7 +349,7 @@ def linear_cross_entropy(
     return loss, LossStats(*(t.view(labels.shape) for t in (log_probs, correct, entropy)))
 
 
-def _cast(*tensors):
+def cast(*tensors):
     """Under autocast, the tensors in its dtype, as a linear layer would take them."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
