@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastft.ops.linear_cross_entropy import (
-    cast,
-    scaled,
     add_weight_gradient,
+    cast,
     check_head,
     check_labels,
     chunk_rows,
     hidden_gradient,
     logits_of,
+    scaled,
 )
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "js")
