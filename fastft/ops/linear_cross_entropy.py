@@ -264,8 +264,8 @@ def _gradients(ctx, compute, dloss):
         saved = compute(hidden, weight, bias, labels, dloss.contiguous(), *ctx.options, *needs, ctx.backend)[4:]
         by = None
     dtypes = (saved[0].dtype, *ctx.head_dtypes)
-    scaled = (scaled(t, by, dtype) if need else None for t, need, dtype in zip(saved, needs, dtypes, strict=True))
-    return (*scaled, *nothing[3:])
+    results = (scaled(t, by, dtype) if need else None for t, need, dtype in zip(saved, needs, dtypes, strict=True))
+    return (*results, *nothing[3:])
 
 
 def scaled(gradient, by, dtype):
