@@ -14,6 +14,7 @@
 #include "cpu/gated_activation.h"
 #include "cpu/dropout.h"
 #include "cpu/layer_norm.h"
+#include "cpu/cross_entropy.h"
 #include "cpu/rms_norm.h"
 #ifdef FASTFT_CUDA
 #include "cuda/adamw8bit.h"
@@ -90,6 +91,7 @@ PYBIND11_MODULE(_C, module) {
   define(module, "dropout", dropout);
   define(module, "layer_norm_forward", layer_norm_forward);
   define(module, "layer_norm_backward", layer_norm_backward);
+  define(module, "cross_entropy_forward", cross_entropy_forward);
   define(module, "rms_norm_forward", rms_norm_forward);
   define(module, "rms_norm_backward", rms_norm_backward);
   define(module, "square_sum", square_sum);

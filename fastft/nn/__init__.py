@@ -2,6 +2,7 @@
 
 from fastft.nn.dropout import Dropout
 from fastft.nn.layer_norm import LayerNorm
+from fastft.nn.linear_cross_entropy import LinearCrossEntropyLoss
 from fastft.nn.rms_norm import RMSNorm
 
-__all__ = ["Dropout", "LayerNorm", "RMSNorm"]
+__all__ = ["Dropout", "LayerNorm", "LinearCrossEntropyLoss", "RMSNorm"]

@@ -8,6 +8,18 @@ from fastft.ops.dropout import dropout
 from fastft.ops.gated_activation import geglu, swiglu
 from fastft.ops.layer_norm import layer_norm
 from fastft.ops.linear import linear
+from fastft.ops.linear_cross_entropy import linear_cross_entropy
+from fastft.ops.linear_distillation import linear_distillation
 from fastft.ops.rms_norm import rms_norm
 
-__all__ = ["attention", "dropout", "geglu", "layer_norm", "linear", "rms_norm", "swiglu"]
+__all__ = [
+    "attention",
+    "dropout",
+    "geglu",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "linear_distillation",
+    "rms_norm",
+    "swiglu",
+]

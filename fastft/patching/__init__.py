@@ -8,6 +8,7 @@ what they are; saving, PEFT, gradient checkpointing and ZeRO-3 see no difference
     norm        RMSNorm                                                              layers.py
     dropout     nn.Dropout, with fewer random draws                                  layers.py
     linear      nn.Linear in half precision, on a CPU without instructions for it    layers.py
+    loss        of a causal language model in training, from hidden states           loss.py
     pooling     classification of each sequence of a packed row                      packing.py
 """
 
@@ -21,11 +22,12 @@ from torch import nn
 
 from fastft.ops import dispatch
 from fastft.ops.linear import native
-from fastft.patching import attention, layers, packing
+from fastft.patching import attention, layers, loss, packing
 from fastft.patching.families import family_of, layer_class, why_not_packed, why_unsupported
+from fastft.patching.loss import why_not_fused
 from fastft.patching.report import PatchReport
 
-__all__ = ["PatchReport", "patch", "unpatch", "why_not"]
+__all__ = ["PatchReport", "patch", "unpatch", "why_not", "why_not_fused"]
 
 
 @dataclass
@@ -112,6 +114,12 @@ def _patch(model, inner):
             replaced[role] = count
         elif reason is not None:
             kept[role] = reason
+    if type(inner) is layer_class(inner.config, "ForCausalLM"):
+        reason = _why_not_served("cross_entropy", inner) or loss.why_kept(inner)
+        if reason is None:
+            replaced["loss"] = loss.replace(inner)
+        else:
+            kept["loss"] = reason
     packs = f"attention is kept: {kept['attention']}" if "attention" in kept else why_not_packed(inner)
     pooled = _replace_pooling(inner) if packs is None else 0
     if pooled:

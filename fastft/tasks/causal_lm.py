@@ -17,6 +17,7 @@ from fastft.data.build import Encoded
 from fastft.data.columns import LABELS, DialogColumns, find_dialog_columns, match_dialog_columns, text_cell
 from fastft.data.templates import Piece, chat_examples, plain_examples, prompt_pieces, text_examples, to_messages
 from fastft.data.tokens import IGNORED, PieceEncoder, blocks, count_items, cut, longest_input
+from fastft.patching import why_not_fused
 from fastft.tasks.base import BaseTask, evaluating, sum_over_ranks, windows, without
 
 LOGIT_ROWS = 2048  # positions whose logits are turned to fp32 at once in evaluation
@@ -46,16 +47,25 @@ class Task(BaseTask):
 
     def loss(self, model, batch, num_items):
         """Cross-entropy of each trained token given those before it, summed and divided by num_items."""
-        if not self.args.label_smoothing_factor:
+        smoothing = self.args.label_smoothing_factor
+        if not smoothing:
             return model(**batch, num_items_in_batch=num_items).loss
+        if why_not_fused(model) is None:
+            return model(**batch, num_items_in_batch=num_items, label_smoothing=smoothing).loss
         logits, labels = _trained(model, batch)
-        return _cross_entropy(logits, labels, self.args.label_smoothing_factor) / num_items
+        return _cross_entropy(logits, labels, smoothing) / num_items
 
     def evaluate(self, model, batches):
         """loss: the mean over trained tokens; perplexity: its exponential; accuracy: how many were the likeliest."""
         loss, hits, count = 0, 0, 0
+        fused = why_not_fused(model) is None
         with evaluating(model):
             for batch in batches:
+                if fused:
+                    output = model(**batch, num_items_in_batch=1, return_stats=True)
+                    loss, hits = loss + output.loss.double(), hits + output.correct.sum()
+                    count += int((batch["labels"][:, 1:] != IGNORED).sum())
+                    continue
                 logits, labels = _trained(model, batch)
                 count += len(labels)
                 for part, targets in zip(logits.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True):
