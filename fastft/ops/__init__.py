@@ -6,6 +6,7 @@ The functions are bound here, eagerly, so that none turns into the submodule of 
 from fastft.ops.attention import attention
 from fastft.ops.dropout import dropout
 from fastft.ops.linear import linear
+from fastft.ops.lora import lora_group, lora_linear
 from fastft.ops.rms_norm import rms_norm
 
-__all__ = ["attention", "dropout", "linear", "rms_norm"]
+__all__ = ["attention", "dropout", "linear", "lora_group", "lora_linear", "rms_norm"]
