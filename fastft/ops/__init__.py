@@ -7,6 +7,7 @@ from fastft.ops.attention import attention
 from fastft.ops.dropout import dropout
 from fastft.ops.linear import linear
 from fastft.ops.lora import lora_group, lora_linear
+from fastft.ops.lora_mlp import lora_mlp
 from fastft.ops.rms_norm import rms_norm
 
-__all__ = ["attention", "dropout", "linear", "lora_group", "lora_linear", "rms_norm"]
+__all__ = ["attention", "dropout", "linear", "lora_group", "lora_linear", "lora_mlp", "rms_norm"]

@@ -4,16 +4,16 @@
     lora_group    several such layers of the same x: q, k and v; gate and up
     lora_mlp      down(silu(gate(x)) * up(x))
 
-Low rank first: S = x Aᵀ is taken once for all layers of a group and saved, y = scale * S Bᵀ + b is written once, and the
-frozen product is accumulated into it (cuBLAS and oneDNN: beta = 1). Backward takes dS = scale * dy B once, for dA and dx. Saved: x,
-the parameters themselves and S [tokens, sum of r]. Dropout has a mask for each layer, drawn again from its seed.
+Low rank first: S = x Aᵀ is taken once for all layers of a group, y = scale * S Bᵀ + b is written once, and the frozen
+product is accumulated into it (cuBLAS and oneDNN: beta = 1). Backward takes dS = scale * dy B once, for dA and dx.
+Saved: x, the parameters themselves and S [tokens, sum of r]; by lora_mlp also gate(x) and up(x). Each layer has a dropout
+mask of its own, which is drawn again from its seed.
 
 The products are PyTorch's: in fp32 on a CPU without instructions for half precision (reference/linear.py).
 A and B may be wider than x, as PEFT keeps them: they are rounded to the dtype of the product, x never is.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -76,7 +76,7 @@ def _group_backward(dys, x, S, weights, lora_a, lora_b, scales, p, seeds, backen
         if needs_dx or needs_da[i]:
             dlows[i] = dy @ (lora_b[i] * scales[i]).to(dtype)
         if needs_db[i]:
-            dbs[i] = ((low.t() @ dy).t() * scales[i]).to(lora_b[i].dtype)
+            dbs[i] = ((low.t() @ dy) * scales[i]).t().to(lora_b[i].dtype, memory_format=torch.contiguous_format)
         if needs_dweight[i]:
             dweights[i] = (dy.t() @ rows).to(weights[i].dtype)
         if needs_dbias[i]:
@@ -87,7 +87,7 @@ def _group_backward(dys, x, S, weights, lora_a, lora_b, scales, p, seeds, backen
         if any(needs_da):
             stacked = dlow.t() @ rows
             for i, da in zip(live, stacked.split([lora_a[i].shape[0] for i in live]), strict=True):
-                das[i] = da.to(lora_a[i].dtype) if needs_da[i] else None
+                das[i] = da.to(lora_a[i].dtype, copy=True) if needs_da[i] else None
         if needs_dx:
             dx = dlow @ _stack([lora_a[i] for i in live], dtype)
     elif live:
@@ -261,8 +261,11 @@ def lora_group(x, layers, *, dropout_p=0.0, seeds=None):
         return list(_Group.apply(x, scales, dropout_p, seeds, backend, *weights, *biases, *lora_a, *lora_b))
 
 
-def _enter(op, x, layers, p, seeds):
-    """Arguments checked, cast as autocast says, with seeds [layers] and the backend."""
+def _enter(op, x, layers, p, seeds, inner=None):
+    """Arguments checked, cast as autocast says, with seeds [layers] and the backend.
+
+    inner: from this layer on, the input is the output of the first one and not x.
+    """
     layers = [tuple(layer) for layer in layers]
     if not layers or any(len(layer) != 5 for layer in layers):
         raise ValueError(f"{op}: layers must be one or more of (weight, bias, lora_a, lora_b, scale)")
@@ -277,8 +280,11 @@ def _enter(op, x, layers, p, seeds):
         layers = [(W.to(dtype), bias, a, b, float(scale)) for W, bias, a, b, scale in layers]
     else:
         layers = [(W, bias, a, b, float(scale)) for W, bias, a, b, scale in layers]
-    for layer in layers:
-        _check(op, x, *layer)
+    for i, layer in enumerate(layers):
+        _check(op, x, layers[0][0].shape[0] if inner is not None and i >= inner else x.shape[-1], *layer)
+    if inner is not None and layers[0][0].shape != layers[1][0].shape:
+        shapes = " and ".join(str(list(layer[0].shape)) for layer in layers[:2])
+        raise ValueError(f"{op}: the weights of gate and up are {shapes}; they must have the same shape")
     if seeds is not None and len(seeds) != len(layers):
         raise ValueError(f"{op}: {len(seeds)} seeds for {len(layers)} layers; there must be one for each")
     if p and seeds is None:
@@ -290,12 +296,11 @@ def _enter(op, x, layers, p, seeds):
     return x, layers, seeds, dispatch.choose("lora", x, *(layer[0] for layer in layers))
 
 
-def _check(op, x, weight, bias, lora_a, lora_b, scale):
-    columns = x.shape[-1]
+def _check(op, x, columns, weight, bias, lora_a, lora_b, scale):
     if weight.dim() != 2 or weight.shape[1] != columns or weight.dtype != x.dtype or weight.device != x.device:
         raise ValueError(
-            f"{op}: weight is {list(weight.shape)} of {weight.dtype} on {weight.device}; for x {list(x.shape)} of {x.dtype} "
-            f"it must be [out, {columns}] of {x.dtype} on {x.device}"
+            f"{op}: weight is {list(weight.shape)} of {weight.dtype} on {weight.device}; for x {list(x.shape)} of "
+            f"{x.dtype} it must be [out, {columns}] of {x.dtype} on {x.device}"
         )
     out = weight.shape[0]
     if bias is not None and (bias.shape != (out,) or not bias.is_floating_point() or bias.device != x.device):

@@ -13,7 +13,7 @@ from fastft_kernels.reference._philox import drop_threshold, keep_mask
 
 
 def lora_linear(x, weight, bias, lora_a, lora_b, scale, dropout_p=0.0, seed=None):
-    """y, differentiable any number of times in x, weight, bias, lora_a and lora_b. seed: int or int64 scalar, needed where p > 0."""
+    """y, differentiable any number of times in all tensors. seed: int or int64 scalar, needed where dropout_p > 0."""
     dropped = apply_mask(x, dropout_p, seed) if dropout_p else x
     low_rank = F.linear(F.linear(dropped.to(lora_a.dtype), lora_a), lora_b) * scale
     return (F.linear(x, weight, bias) + low_rank).to(x.dtype)
