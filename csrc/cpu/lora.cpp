@@ -21,7 +21,6 @@ struct ApplyMask {
   int64_t elements;
   uint64_t seed;
   uint32_t threshold;
-  float scale;
 
   // Over blocks of kCounters * kDraws elements.
   FASTFT_INLINE void operator()(int64_t begin, int64_t end) const {
@@ -36,12 +35,11 @@ struct ApplyMask {
         words[2][k] = drawn.w[2];
         words[3][k] = drawn.w[3];
       }
-      float factor[kCounters * kDraws];
+      uint16_t draws[kCounters * kDraws];
       for (int64_t k = 0; k < kCounters; ++k) {
         for (int64_t word = 0; word < 4; ++word) {
-          const uint32_t drawn = words[word][k];
-          factor[k * kDraws + 2 * word] = (drawn & 0xffffu) >= threshold ? scale : 0.0f;
-          factor[k * kDraws + 2 * word + 1] = (drawn >> 16) >= threshold ? scale : 0.0f;
+          draws[k * kDraws + 2 * word] = static_cast<uint16_t>(words[word][k]);
+          draws[k * kDraws + 2 * word + 1] = static_cast<uint16_t>(words[word][k] >> 16);
         }
       }
       const int64_t first = block * kCounters * kDraws;
@@ -49,21 +47,20 @@ struct ApplyMask {
       const T* in = x + first;
       T* out = y + first;
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) narrow(widen(in[i]) * factor[i], out[i]);
+      for (int64_t i = 0; i < count; ++i) out[i] = draws[i] >= threshold ? in[i] : T{};
     }
   }
 };
 
 }  // namespace
 
-void lora_apply_mask(const void* x, void* y, int64_t elements, uint64_t seed, int threshold, float scale, DType dtype,
-                     int threads) {
+void lora_apply_mask(const void* x, void* y, int64_t elements, uint64_t seed, int threshold, DType dtype, int threads) {
   const int64_t blocks = (elements + kCounters * kDraws - 1) / (kCounters * kDraws);
   with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     parallel_for(blocks, elements, threads,
                  ApplyMask<T>{static_cast<const T*>(x), static_cast<T*>(y), elements, seed,
-                              static_cast<uint32_t>(threshold), scale});
+                              static_cast<uint32_t>(threshold)});
   });
 }
 

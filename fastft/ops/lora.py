@@ -7,7 +7,7 @@
 Low rank first: S = x Aᵀ is taken once for all layers of a group, y = scale * S Bᵀ + b is written once, and the frozen
 product is accumulated into it (cuBLAS and oneDNN: beta = 1). Backward takes dS = scale * dy B once, for dA and dx.
 Saved: x, the parameters themselves and S [tokens, sum of r]; by lora_mlp also gate(x) and up(x). Each layer has a dropout
-mask of its own, which is drawn again from its seed.
+mask of its own, which is drawn again from its seed; the division by the probability to be kept is part of `scale`.
 
 The products are PyTorch's: in fp32 on a CPU without instructions for half precision (reference/linear.py).
 A and B may be wider than x, as PEFT keeps them: they are rounded to the dtype of the product, x never is.
@@ -42,7 +42,7 @@ def _product_dtype(x):
 # A group is five lists, one entry a layer; `seeds` int64 [layers], of no meaning where p is 0.
 def _group_forward(x, weights, biases, lora_a, lora_b, scales, p, seeds, backend):
     """[*ys, S]: y [..., out] of each layer, S [tokens, sum of r] in the dtype of the products."""
-    dtype = _product_dtype(x)
+    dtype, scales = _product_dtype(x), _with_dropout(scales, p)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     if p:
         S = torch.cat(
@@ -54,7 +54,7 @@ def _group_forward(x, weights, biases, lora_a, lora_b, scales, p, seeds, backend
     for W, bias, B, scale, low in zip(weights, biases, lora_b, scales, _split(S, lora_a), strict=True):
         B = (B * scale).to(dtype).t()
         y = low @ B if bias is None else torch.addmm(bias.to(dtype), low, B)
-        ys.append(y.addmm_(rows, W.to(dtype).t()).to(x.dtype).view(*x.shape[:-1], -1))
+        ys.append(y.addmm_(rows, W.to(dtype).t()).to(x.dtype).view(*x.shape[:-1], W.shape[0]))
     return [*ys, S]
 
 
@@ -63,7 +63,7 @@ def _group_backward(dys, x, S, weights, lora_a, lora_b, scales, p, seeds, backen
 
     dys: the gradient of each y, None where nothing depends on it.
     """
-    dtype = S.dtype
+    dtype, scales = S.dtype, _with_dropout(scales, p)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     needs_dx, needs_dweight, needs_dbias, needs_da, needs_db = needs
     layers = len(weights)
@@ -96,12 +96,17 @@ def _group_backward(dys, x, S, weights, lora_a, lora_b, scales, p, seeds, backen
                 das[i] = (dlows[i].t() @ _apply_mask(rows, p, seeds[i], backend)).to(lora_a[i].dtype)
             if needs_dx:
                 branch = _apply_mask(dlows[i] @ lora_a[i].to(dtype), p, seeds[i], backend)
-                dx = branch if dx is None else dx.add_(branch)
+                dx = branch.float() if dx is None else dx.add_(branch)
     if dx is not None:
+        dx = dx.to(dtype)
         for i in live:
             dx.addmm_(dys[i], weights[i].to(dtype))
         dx = dx.to(x.dtype).view(x.shape)
     return dx, dweights, dbiases, das, dbs
+
+
+def _with_dropout(scales, p):
+    return [scale / reference.keep_probability(p) for scale in scales]
 
 
 def _stack(lora_a, dtype):

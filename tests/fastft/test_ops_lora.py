@@ -50,8 +50,12 @@ def results(function, tensors, dtype=None):
     return [*outputs, *torch.autograd.grad(outputs, leaves, dys)]
 
 
-def compare(no_worse, function, tensors, steps=16):
-    """`function` under the backend in force against PyTorch in the same dtype, and against float64."""
+def compare(no_worse, function, tensors):
+    """`function` under the backend in force against PyTorch in the same dtype, and against float64.
+
+    Both round the low-rank products to x's dtype before the result, and either may be lucky there: half a unit more.
+    """
+    steps = 16 + 0.5 * torch.finfo(tensors[0].dtype).eps / torch.finfo(torch.float32).eps
     ours = results(function, tensors)
     with fastft.backend("reference"):
         plain, exact = results(function, tensors), results(function, tensors, torch.float64)
@@ -62,7 +66,7 @@ def compare(no_worse, function, tensors, steps=16):
 SHAPES = [
     ((7, 13), 11, 3),
     ((2, 5, 64), 33, 16),
-    ((1, 1), 1, 1),
+    ((90, 1), 31, 1),
     ((0, 8), 4, 2),
     ((3, 0, 8), 4, 2),
     ((65, 40), 24, 256),

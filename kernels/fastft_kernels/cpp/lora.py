@@ -10,18 +10,15 @@ from fastft_kernels.reference._philox import drop_threshold
 
 
 def apply_mask(x, p, seed):
-    """x, contiguous, where `seed` keeps it, divided by the probability of that, else 0: reference/lora.py."""
+    """x, contiguous, where `seed` keeps it, else 0: reference/lora.py."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    dropped = drop_threshold(p)
-    scale = 65536 / (65536 - dropped)
     C.lora_apply_mask(
         address(x),
         address(y),
         x.numel(),
         seed % 2**64,
-        dropped,
-        scale,
+        drop_threshold(p),
         DTYPES[x.dtype],
         torch.get_num_threads(),
     )

@@ -14,7 +14,7 @@ from fastft_kernels.reference._philox import drop_threshold, keep_mask
 
 def lora_linear(x, weight, bias, lora_a, lora_b, scale, dropout_p=0.0, seed=None):
     """y, differentiable any number of times in all tensors. seed: int or int64 scalar, needed where dropout_p > 0."""
-    dropped = apply_mask(x, dropout_p, seed) if dropout_p else x
+    dropped = apply_mask(x, dropout_p, seed) / keep_probability(dropout_p) if dropout_p else x
     low_rank = F.linear(F.linear(dropped.to(lora_a.dtype), lora_a), lora_b) * scale
     return (F.linear(x, weight, bias) + low_rank).to(x.dtype)
 
@@ -26,7 +26,9 @@ def lora_mlp(x, gate, up, down, dropout_p=0.0, seeds=(None, None, None)):
 
 
 def apply_mask(x, p, seed):
-    """x where it is kept, divided by the probability of that, else 0. Rounded once."""
-    keep = keep_mask(x.shape, p, seed, x.device)
-    wide = x if x.dtype.itemsize >= 4 else x.float()
-    return (wide * keep / (1 - drop_threshold(p) / 65536)).to(x.dtype)
+    """x where it is kept, else 0."""
+    return x.where(keep_mask(x.shape, p, seed, x.device), 0)
+
+
+def keep_probability(p):
+    return 1 - drop_threshold(p) / 65536
