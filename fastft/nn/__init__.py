@@ -1,5 +1,6 @@
 """Drop-in layers over fastft.ops. One file per layer."""
 
+from fastft.nn.lora import LoRALinear
 from fastft.nn.rms_norm import RMSNorm
 
-__all__ = ["RMSNorm"]
+__all__ = ["LoRALinear", "RMSNorm"]
