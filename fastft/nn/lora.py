@@ -13,8 +13,8 @@ class LoRALinear(nn.Module):
 
     State: `weight` [out_features, in_features], `bias` [out_features] or None, `lora_A` [r, in_features],
     `lora_B` [out_features, r]. A starts as PEFT starts it and B at zero, so that a new layer adds nothing. use_rslora:
-    scale by alpha / sqrt(r) instead. lora_dropout: on the low-rank branch, in training. `from_linear` wraps a layer, sharing its
-    parameters; `merge` gives back a plain nn.Linear with the update added to its weight.
+    scale by alpha / sqrt(r) instead. lora_dropout: on the low-rank branch, in training. `from_linear` wraps a layer,
+    sharing its parameters; `merge` gives back a plain nn.Linear with the update added to its weight.
     Raises ValueError for r below 1 or a dropout that is not in [0, 1).
     """
 

@@ -13,6 +13,8 @@ The products are PyTorch's: in fp32 on a CPU without instructions for half preci
 A and B may be wider than x, as PEFT keeps them: they are rounded to the dtype of the product, x never is.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -96,7 +98,7 @@ def _group_backward(dys, x, S, weights, lora_a, lora_b, scales, p, seeds, backen
                 das[i] = (dlows[i].t() @ _apply_mask(rows, p, seeds[i], backend)).to(lora_a[i].dtype)
             if needs_dx:
                 branch = _apply_mask(dlows[i] @ lora_a[i].to(dtype), p, seeds[i], backend)
-                dx = branch.float() if dx is None else dx.add_(branch)
+                dx = (branch.float() if len(live) > 1 else branch) if dx is None else dx.add_(branch)
     if dx is not None:
         dx = dx.to(dtype)
         for i in live:
@@ -262,8 +264,14 @@ def lora_group(x, layers, *, dropout_p=0.0, seeds=None):
     if torch.compiler.is_compiling():
         biases = [_tensor(x, bias) for bias in biases]
         return list(_group_op(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds, backend)[:-1])
-    with torch.autocast(x.device.type, enabled=False):
+    with _as_they_are(x):
         return list(_Group.apply(x, scales, dropout_p, seeds, backend, *weights, *biases, *lora_a, *lora_b))
+
+
+def _as_they_are(x):
+    """Products inside in the dtype of their operands. Leaving autocast costs as much as a small product: only where it is."""
+    is_autocast = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if is_autocast else contextlib.nullcontext()
 
 
 def _enter(op, x, layers, p, seeds, inner=None):

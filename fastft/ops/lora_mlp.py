@@ -163,5 +163,5 @@ def lora_mlp(x, gate, up, down, *, dropout_p=0.0, seeds=None):
     if torch.compiler.is_compiling():
         biases = [lora._tensor(x, bias) for bias in biases]
         return _op(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds, backend)[0]
-    with torch.autocast(x.device.type, enabled=False):
+    with lora._as_they_are(x):
         return _MLP.apply(x, scales, dropout_p, seeds, backend, *weights, *biases, *lora_a, *lora_b)
