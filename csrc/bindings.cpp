@@ -15,6 +15,7 @@
 #include "cpu/dropout.h"
 #include "cpu/layer_norm.h"
 #include "cpu/cross_entropy.h"
+#include "cpu/lora.h"
 #include "cpu/rms_norm.h"
 #ifdef FASTFT_CUDA
 #include "cuda/adamw8bit.h"
@@ -92,6 +93,7 @@ PYBIND11_MODULE(_C, module) {
   define(module, "layer_norm_forward", layer_norm_forward);
   define(module, "layer_norm_backward", layer_norm_backward);
   define(module, "cross_entropy_forward", cross_entropy_forward);
+  define(module, "lora_apply_mask", lora_apply_mask);
   define(module, "rms_norm_forward", rms_norm_forward);
   define(module, "rms_norm_backward", rms_norm_backward);
   define(module, "square_sum", square_sum);

@@ -3,6 +3,7 @@
 from fastft.nn.dropout import Dropout
 from fastft.nn.layer_norm import LayerNorm
 from fastft.nn.linear_cross_entropy import LinearCrossEntropyLoss
+from fastft.nn.lora import LoRALinear
 from fastft.nn.rms_norm import RMSNorm
 
-__all__ = ["Dropout", "LayerNorm", "LinearCrossEntropyLoss", "RMSNorm"]
+__all__ = ["Dropout", "LayerNorm", "LinearCrossEntropyLoss", "LoRALinear", "RMSNorm"]

@@ -10,6 +10,8 @@ from fastft.ops.layer_norm import layer_norm
 from fastft.ops.linear import linear
 from fastft.ops.linear_cross_entropy import linear_cross_entropy
 from fastft.ops.linear_distillation import linear_distillation
+from fastft.ops.lora import lora_group, lora_linear
+from fastft.ops.lora_mlp import lora_mlp
 from fastft.ops.rms_norm import rms_norm
 
 __all__ = [
@@ -20,6 +22,9 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_distillation",
+    "lora_group",
+    "lora_linear",
+    "lora_mlp",
     "rms_norm",
     "swiglu",
 ]

@@ -7,6 +7,7 @@ what they are; saving, PEFT, gradient checkpointing and ZeRO-3 see no difference
     attention   self-attention, padded or packed, as attn_implementation="fastft"    attention.py
     norm        RMSNorm                                                              layers.py
     dropout     nn.Dropout, with fewer random draws                                  layers.py
+    lora        PEFT's lora.Linear, and MLPs of three such                           lora.py
     linear      nn.Linear in half precision, on a CPU without instructions for it    layers.py
     loss        of a causal language model in training, from hidden states           loss.py
     pooling     classification of each sequence of a packed row                      packing.py
@@ -22,7 +23,7 @@ from torch import nn
 
 from fastft.ops import dispatch
 from fastft.ops.linear import native
-from fastft.patching import attention, layers, loss, packing
+from fastft.patching import attention, layers, lora, loss, packing
 from fastft.patching.families import family_of, layer_class, why_not_packed, why_unsupported
 from fastft.patching.loss import why_not_fused
 from fastft.patching.report import PatchReport
@@ -43,7 +44,8 @@ def patch(model, *, verbose=True):
 
     model: a transformers model of one of the architectures in families.py, or a PEFT model around one.
     Where a backend was asked for (`fastft.backend`, `--kernels`), a role that has no such kernel is kept, and reported.
-    Raises ValueError for other models, with the architectures that are supported.
+    Raises ValueError for other models, with the architectures that are supported, and BackendError where a backend was
+    asked for but a LoRA layer would compute as PEFT does.
     """
     reason = why_not(model)
     if reason is not None:
@@ -100,12 +102,14 @@ def _unwrap(model):
 
 
 def _patch(model, inner):
+    lora.check_forced(inner)
     previous = inner.config._attn_implementation
     replaced, kept = {}, {}
     for role, op, replace in (
         ("attention", "attention", _replace_attention),
         ("norm", "rms_norm", _replace_norms),
         ("dropout", "dropout", _replace_dropouts),
+        ("lora", "lora", _replace_lora),
         ("linear", None, _replace_linears),
     ):
         reason = getattr(family_of(inner.config), f"keeps_{role}", None) or _why_not_served(op, inner)
@@ -126,7 +130,7 @@ def _patch(model, inner):
         replaced["pooling"] = pooled
     if family_of(inner.config).norm_offset is None:
         kept["norm"] = "LayerNorm has no kernel yet"
-    return _Patch(PatchReport(type(inner).__name__, replaced, kept, packs), previous)
+    return _Patch(PatchReport(type(inner).__name__, replaced, kept, packs, lora.kept(inner)), previous)
 
 
 def _why_not_served(op, inner):
@@ -162,6 +166,15 @@ def _replace_dropouts(model, inner):
     unused = {getattr(m, attribute) for m in inner.modules() if holder is not None and type(m) is holder}
     dropouts = [m for m in inner.modules() if type(m) is nn.Dropout and 0 < m.p < 1 and m not in unused]
     return _bind(dropouts, layers.dropout)
+
+
+def _replace_lora(model, inner):
+    linears, mlps = lora.replaceable(inner)
+    _bind(mlps, lora.mlp)
+    kept = lora.kept(inner)
+    return _bind(linears, lora.linear) - sum(
+        module in linears for name, module in lora.find(inner).items() if name in kept
+    )
 
 
 def _replace_linears(model, inner):

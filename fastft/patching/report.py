@@ -1,6 +1,6 @@
 """What `fastft.patch` did."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass
@@ -15,6 +15,8 @@ class PatchReport:
     """role -> why its layers stay as they are"""
     packing: str | None
     """None: the model takes packed rows; else why not"""
+    lora_kept: dict[str, str] = field(default_factory=dict)
+    """name of a layer with a LoRA adapter -> why it computes as PEFT does"""
 
     def as_dict(self):
         """For JSON."""
@@ -24,5 +26,8 @@ class PatchReport:
         replaced = ", ".join(f"{role} ({count})" for role, count in self.replaced.items())
         lines = [f"fastft patched {self.model}: {replaced or 'nothing'}"]
         lines += [f"  kept {role}: {reason}" for role, reason in self.kept.items()]
+        for reason in dict.fromkeys(self.lora_kept.values()):
+            names = [name for name, its in self.lora_kept.items() if its == reason]
+            lines.append(f"  kept lora in {len(names)} layers ({names[0]}{' ...' * (len(names) > 1)}): {reason}")
         lines.append("  packed rows: yes" if self.packing is None else f"  packed rows: no, {self.packing}")
         return "\n".join(lines)

@@ -1,0 +1,120 @@
+"""LoRA against PEFT on a Llama-shaped block: `pytest benchmarks/test_lora.py --benchmark-only`.
+
+    peft        peft.tuners.lora.Linear as transformers calls it, adapters in the dtype of the weights
+    peft_fp32   the same with float32 adapters, PEFT's default
+    fastft      the same modules, patched: fastft.ops.lora_group for q, k, v, lora_linear for o, lora_mlp
+    frozen      the seven frozen products and SwiGLU alone, the floor
+
+Seven linear layers (q, k, v, o, gate, up, down) of 2048 tokens in bf16, forward and backward, rank 16, without attention
+between them: q + k + v goes into o. The sides take turns; each test replays the times of its side for the table.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from benchmarks._harness import Replay, measure, speedup
+from fastft import ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOKENS, RANK = (8192 if DEVICE == "cuda" else 2048), 16
+SHAPES = [(4096, 14336)] if DEVICE == "cuda" else [(512, 2048), (2048, 5632)]  # hidden, inner
+SIDES = ["peft", "peft_fp32", "fastft", "frozen"]
+NAMES = ["q", "k", "v", "o", "gate", "up", "down"]
+
+replay = Replay()
+
+
+def block(hidden, inner, dropout):
+    shapes = [(hidden, hidden)] * 4 + [(hidden, inner)] * 2 + [(inner, hidden)]
+    layers = [nn.Linear(*shape, bias=False) for shape in shapes]
+    model = nn.ModuleDict(dict(zip(NAMES, layers, strict=True))).to(DEVICE, torch.bfloat16)
+    config = LoraConfig(r=RANK, lora_alpha=32, lora_dropout=dropout, target_modules=NAMES, init_lora_weights=False)
+    inject_adapter_in_model(config, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            parameter.data = (torch.randn(parameter.shape, device=DEVICE) * parameter.shape[1] ** -0.5 / 4).bfloat16()
+    return model.train()
+
+
+def by_layers(call):
+    """x -> y, calling each layer by its name."""
+
+    def run(x):
+        x = call("o", call("q", x) + call("k", x) + call("v", x))
+        return call("down", F.silu(call("gate", x)) * call("up", x))
+
+    return run
+
+
+def fused(model, dropout):
+    def parameters(name):
+        layer = model[name]
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        return layer.base_layer.weight, None, a, b, layer.scaling["default"]
+
+    def run(x):
+        q, k, v = ops.lora_group(x, map(parameters, "qkv"), dropout_p=dropout)
+        x = ops.lora_linear(q + k + v, *parameters("o"), dropout_p=dropout)
+        return ops.lora_mlp(x, *map(parameters, ("gate", "up", "down")), dropout_p=dropout)
+
+    return run
+
+
+def sides_of(hidden, inner, dropout, tokens):
+    """{side: f(round)}."""
+    torch.manual_seed(0)
+    model = block(hidden, inner, dropout)
+    torch.manual_seed(0)
+    wide = block(hidden, inner, dropout)
+    for name, parameter in wide.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    x = torch.randn(tokens, hidden, device=DEVICE).bfloat16().requires_grad_()
+    dy = torch.randn_like(x, requires_grad=False)
+    functions = {
+        "peft": by_layers(lambda name, x: model[name](x)),
+        "peft_fp32": by_layers(lambda name, x: wide[name](x)),
+        "fastft": fused(model, dropout),
+        "frozen": by_layers(lambda name, x: model[name].base_layer(x)),
+    }
+
+    def run(name):
+        trained = [p for p in (wide if name == "peft_fp32" else model).parameters() if p.requires_grad]
+        leaves = [x] if name == "frozen" else [x, *trained]
+        return lambda _: torch.autograd.grad(functions[name](x), leaves, dy)
+
+    sides = {name: run(name) for name in SIDES}
+    if not dropout:
+        for ours, theirs in zip(sides["fastft"](0), sides["peft_fp32"](0), strict=True):
+            error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+            assert error < 0.03, f"fastft differs from PEFT by {error:.1e}: nothing is timed"
+    # What a side returns would be kept for the result: tensors are dropped instead.
+    return {name: lambda number, side=side: (side(number), None)[1] for name, side in sides.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(request):
+    (hidden, inner), dropout = request.param
+    toy = request.config.getoption("--toy")
+    sides = sides_of(32, 48, dropout, 16) if toy else sides_of(hidden, inner, dropout, TOKENS)
+    return measure(sides, request.config.getoption("--rounds"), warmup=1)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(
+    "runs",
+    [(shape, p) for shape in SHAPES for p in (0.0, 0.05)],
+    indirect=True,
+    ids=lambda case: f"{case[0]}-{case[1]}",
+)
+@pytest.mark.benchmark(timer=replay.clock)
+def test_lora(request, benchmark, runs, side):
+    (hidden, inner), dropout = request.node.callspec.params["runs"]
+    size = "toy" if request.config.getoption("--toy") else f"{TOKENS} x {hidden} ({inner})"
+    benchmark.group = f"lora block {size}, dropout {dropout}, forward and backward"
+    benchmark.extra_info["speedup_of_fastft"] = speedup(runs[side]["wall"], runs["fastft"]["wall"])
+    replay(benchmark, runs[side]["wall"])

@@ -1,0 +1,329 @@
+"""Linear layers with a low-rank update (LoRA) at little more than the cost of the frozen product.
+
+    lora_linear   y = x Wᵀ + b + scale * drop(x) Aᵀ Bᵀ
+    lora_group    several such layers of the same x: q, k and v; gate and up
+    lora_mlp      down(silu(gate(x)) * up(x))
+
+Low rank first: S = x Aᵀ is taken once for all layers of a group, y = scale * S Bᵀ + b is written once, and the frozen
+product is accumulated into it (cuBLAS and oneDNN: beta = 1). Backward takes dS = scale * dy B once, for dA and dx.
+Saved: x, the parameters themselves and S [tokens, sum of r]; by lora_mlp also gate(x) and up(x). Each layer has a dropout
+mask of its own, which is drawn again from its seed; the division by the probability to be kept is part of `scale`.
+
+The products are PyTorch's: in fp32 on a CPU without instructions for half precision (reference/linear.py).
+A and B may be wider than x, as PEFT keeps them: they are rounded to the dtype of the product, x never is.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastft.ops import dispatch
+from fastft.ops.linear import native
+from fastft_kernels.reference import lora as reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _why_not_dtype(x, *_):
+    return None if x.dtype in _DTYPES else f"it computes float32, bfloat16 and float16, and x is {x.dtype}"
+
+
+_KERNELS = dispatch.register("lora", cpp=_why_not_dtype)
+
+
+def _apply_mask(x, p, seed, backend):
+    return getattr(_KERNELS.get(backend), "apply_mask", reference.apply_mask)(x, p, int(seed))
+
+
+def _product_dtype(x):
+    return torch.float32 if x.device.type == "cpu" and not native(x.dtype) else x.dtype
+
+
+# A group is five lists, one entry a layer; `seeds` int64 [layers], of no meaning where p is 0.
+def _group_forward(x, weights, biases, lora_a, lora_b, scales, p, seeds, backend):
+    """[*ys, S]: y [..., out] of each layer, S [tokens, sum of r] in the dtype of the products."""
+    dtype, scales = _product_dtype(x), _with_dropout(scales, p)
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    if p:
+        S = torch.cat(
+            [_apply_mask(rows, p, s, backend) @ a.to(dtype).t() for a, s in zip(lora_a, seeds, strict=True)], 1
+        )
+    else:
+        S = rows @ _stack(lora_a, dtype).t()
+    ys = []
+    for W, bias, B, scale, low in zip(weights, biases, lora_b, scales, _split(S, lora_a), strict=True):
+        B = (B * scale).to(dtype).t()
+        y = low @ B if bias is None else torch.addmm(bias.to(dtype), low, B)
+        ys.append(y.addmm_(rows, W.to(dtype).t()).to(x.dtype).view(*x.shape[:-1], W.shape[0]))
+    return [*ys, S]
+
+
+def _group_backward(dys, x, S, weights, lora_a, lora_b, scales, p, seeds, backend, needs):
+    """(dx, dweights, dbiases, das, dbs), None where `needs`, of the same form, says that nobody asks.
+
+    dys: the gradient of each y, None where nothing depends on it.
+    """
+    dtype, scales = S.dtype, _with_dropout(scales, p)
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    needs_dx, needs_dweight, needs_dbias, needs_da, needs_db = needs
+    layers = len(weights)
+    dweights, dbiases, das, dbs = ([None] * layers for _ in range(4))
+    dlows, dx = [None] * layers, None
+    for i, (dy, low) in enumerate(zip(dys, _split(S, lora_a), strict=True)):
+        if dy is None:
+            continue
+        dys[i] = dy = dy.reshape(-1, dy.shape[-1]).to(dtype)
+        if needs_dx or needs_da[i]:
+            dlows[i] = dy @ (lora_b[i] * scales[i]).to(dtype)
+        if needs_db[i]:
+            dbs[i] = ((low.t() @ dy) * scales[i]).t().to(lora_b[i].dtype, memory_format=torch.contiguous_format)
+        if needs_dweight[i]:
+            dweights[i] = (dy.t() @ rows).to(weights[i].dtype)
+        if needs_dbias[i]:
+            dbiases[i] = dy.sum(0)
+    live = [i for i in range(layers) if dlows[i] is not None]
+    if not p and live:
+        dlow = torch.cat([dlows[i] for i in live], 1)
+        if any(needs_da):
+            stacked = dlow.t() @ rows
+            for i, da in zip(live, stacked.split([lora_a[i].shape[0] for i in live]), strict=True):
+                das[i] = da.to(lora_a[i].dtype, copy=True) if needs_da[i] else None
+        if needs_dx:
+            dx = dlow @ _stack([lora_a[i] for i in live], dtype)
+    elif live:
+        for i in live:
+            if needs_da[i]:
+                das[i] = (dlows[i].t() @ _apply_mask(rows, p, seeds[i], backend)).to(lora_a[i].dtype)
+            if needs_dx:
+                branch = _apply_mask(dlows[i] @ lora_a[i].to(dtype), p, seeds[i], backend)
+                dx = (branch.float() if len(live) > 1 else branch) if dx is None else dx.add_(branch)
+    if dx is not None:
+        dx = dx.to(dtype)
+        for i in live:
+            dx.addmm_(dys[i], weights[i].to(dtype))
+        dx = dx.to(x.dtype).view(x.shape)
+    return dx, dweights, dbiases, das, dbs
+
+
+def _with_dropout(scales, p):
+    return [scale / reference.keep_probability(p) for scale in scales]
+
+
+def _stack(lora_a, dtype):
+    return torch.cat([a.to(dtype) for a in lora_a]) if len(lora_a) > 1 else lora_a[0].to(dtype)
+
+
+def _split(S, lora_a):
+    return S.split([a.shape[0] for a in lora_a], 1)
+
+
+class _Group(torch.autograd.Function):
+    """The eager path: parameters come one by one, as autograd wants them."""
+
+    @staticmethod
+    def forward(ctx, x, scales, p, seeds, backend, *parameters):
+        weights, biases, lora_a, lora_b = _lists(parameters, 4)
+        *ys, S = _group_forward(x, weights, biases, lora_a, lora_b, scales, p, seeds, backend)
+        _save(ctx, x, S, seeds, parameters, scales, p, backend)
+        ctx.set_materialize_grads(False)
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        needs_dx, needs = ctx.needs_input_grad[0], _lists(ctx.needs_input_grad[5:], 4)
+        x, S, weights, lora_a, lora_b, seeds = _saved(ctx)
+        arguments = S, weights, lora_a, lora_b, ctx.scales, ctx.p, seeds, ctx.backend, (needs_dx, *needs)
+        dx, *gradients = _group_backward(list(dys), x, *arguments)
+        return dx, None, None, None, None, *(_like(g, d) for g, d in zip(sum(gradients, []), ctx.dtypes, strict=True))
+
+
+def _save(ctx, x, S, seeds, parameters, scales, p, backend):
+    weights, _, lora_a, lora_b = _lists(parameters, 4)
+    ctx.save_for_backward(x, S, seeds, *weights, *lora_a, *lora_b)
+    ctx.dtypes = [None if t is None else t.dtype for t in parameters]
+    ctx.scales, ctx.p, ctx.backend = scales, p, backend
+
+
+def _saved(ctx):
+    x, S, seeds, *parameters = ctx.saved_tensors
+    return x, S, *_lists(parameters, 3), seeds
+
+
+def _lists(flat, count):
+    layers = len(flat) // count
+    return [list(flat[i * layers : (i + 1) * layers]) for i in range(count)]
+
+
+def _like(gradient, dtype):
+    return None if gradient is None else gradient.to(dtype)
+
+
+@torch.library.custom_op("fastft::lora_group", mutates_args=())
+def _group_op(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    scales: list[float],
+    p: float,
+    seeds: Tensor,
+    backend: str,
+) -> list[Tensor]:
+    return _group_forward(x, weights, _present(biases), lora_a, lora_b, scales, p, seeds, backend)
+
+
+@_group_op.register_fake
+def _(x, weights, biases, lora_a, lora_b, scales, p, seeds, backend):
+    ys = [x.new_empty(*x.shape[:-1], W.shape[0]) for W in weights]
+    S = x.new_empty(x.shape[:-1].numel(), sum(a.shape[0] for a in lora_a), dtype=_product_dtype(x))
+    return [*ys, S]
+
+
+@torch.library.custom_op("fastft::lora_group_backward", mutates_args=())
+def _group_backward_op(
+    dys: list[Tensor],
+    x: Tensor,
+    S: Tensor,
+    weights: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    scales: list[float],
+    p: float,
+    seeds: Tensor,
+    backend: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    arguments = S, weights, lora_a, lora_b, scales, p, seeds, backend, (needs[0], *_lists(needs[1:], 4))
+    dx, *gradients = _group_backward(list(dys), x, *arguments)
+    return [_tensor(x, gradient) for gradient in (dx, *sum(gradients, []))]
+
+
+@_group_backward_op.register_fake
+def _(dys, x, S, weights, lora_a, lora_b, scales, p, seeds, backend, needs):
+    biases = [S.new_empty(W.shape[0]) for W in weights]
+    like = [x, *weights, *biases, *lora_a, *lora_b]
+    return [t.new_empty(t.shape if need else 0) for t, need in zip(like, needs, strict=True)]
+
+
+def _setup_context(ctx, inputs, output):
+    x, weights, biases, lora_a, lora_b, scales, p, seeds, backend = inputs
+    _save(ctx, x, output[-1], seeds, [*weights, *biases, *lora_a, *lora_b], scales, p, backend)
+    ctx.needs = [x.requires_grad, *(t.requires_grad for t in (*weights, *biases, *lora_a, *lora_b))]
+
+
+def _compiled_backward(ctx, gradients):
+    x, S, weights, lora_a, lora_b, seeds = _saved(ctx)
+    outs = [W.shape[0] for W in weights]
+    dys = [x.new_zeros(*x.shape[:-1], n) if g is None else g for g, n in zip(gradients[:-1], outs, strict=True)]
+    arguments = S, weights, lora_a, lora_b, ctx.scales, ctx.p, seeds, ctx.backend, ctx.needs
+    dx, *gradients = _group_backward_op(dys, x, *arguments)
+    gradients = [_like(g, d) if n else None for g, d, n in zip(gradients, ctx.dtypes, ctx.needs[1:], strict=True)]
+    return dx if ctx.needs[0] else None, *_lists(gradients, 4), None, None, None, None
+
+
+_group_op.register_autograd(_compiled_backward, setup_context=_setup_context)
+
+
+# A custom op takes no list of optional tensors and returns no None: what is not there is an empty tensor.
+def _present(tensors):
+    return [t if t.numel() else None for t in tensors]
+
+
+def _tensor(like, t):
+    return like.new_empty(0) if t is None else t
+
+
+def lora_linear(x, weight, bias, lora_a, lora_b, scale, *, dropout_p=0.0, seed=None):
+    """y = x Wᵀ + b + scale * drop(x) Aᵀ Bᵀ.
+
+    x: [..., in], any strides; weight: [out, in] of x's dtype; bias: [out] or None; lora_a: [r, in], lora_b: [out, r], any
+    floating dtype; y: [..., out]. Under autocast x, weight and y are cast as in torch's linear.
+    dropout_p: 0 <= p < 1, on the low-rank branch alone. seed: an int that decides the mask; by default it is drawn from
+    torch's CPU generator, so that a recomputation which restores it, as activation checkpointing does, sees the same.
+    Differentiable once in x, weight, bias, lora_a and lora_b (any number of times under fastft.backend("reference")).
+    Raises ValueError for shapes or dtypes that do not fit, BackendError where the backend asked for cannot serve.
+    """
+    seeds = None if seed is None else [seed]
+    return lora_group(x, [(weight, bias, lora_a, lora_b, scale)], dropout_p=dropout_p, seeds=seeds)[0]
+
+
+def lora_group(x, layers, *, dropout_p=0.0, seeds=None):
+    """[lora_linear(x, *layer) for layer in layers], reading x and writing dx once for all of them.
+
+    layers: a sequence of (weight, bias, lora_a, lora_b, scale). seeds: a sequence of ints, one for each layer.
+    """
+    x, layers, seeds, backend = _enter("lora_group", x, layers, dropout_p, seeds)
+    if dispatch.requested() == "reference":
+        pairs = zip(layers, seeds, strict=True)
+        return [reference.lora_linear(x, *layer, dropout_p, seed) for layer, seed in pairs]
+    weights, biases, lora_a, lora_b, scales = map(list, zip(*layers, strict=True))
+    if torch.compiler.is_compiling():
+        biases = [_tensor(x, bias) for bias in biases]
+        return list(_group_op(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds, backend)[:-1])
+    with _as_they_are(x):
+        return list(_Group.apply(x, scales, dropout_p, seeds, backend, *weights, *biases, *lora_a, *lora_b))
+
+
+def _as_they_are(x):
+    """Products inside in the dtype of their operands. Leaving autocast costs as much as a small product: only where it is."""
+    is_autocast = torch.is_autocast_enabled(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if is_autocast else contextlib.nullcontext()
+
+
+def _enter(op, x, layers, p, seeds, inner=None):
+    """Arguments checked, cast as autocast says, with seeds [layers] and the backend.
+
+    inner: from this layer on, the input is the output of the first one and not x.
+    """
+    layers = [tuple(layer) for layer in layers]
+    if not layers or any(len(layer) != 5 for layer in layers):
+        raise ValueError(f"{op}: layers must be one or more of (weight, bias, lora_a, lora_b, scale)")
+    if not 0 <= p < 1:
+        raise ValueError(f"{op}: dropout_p is {p}; it must be at least 0 and below 1")
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(f"{op}: x is {list(x.shape)} of {x.dtype}; it must be [..., in] of a floating dtype")
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x = x.to(dtype)
+        layers = [(W.to(dtype), bias, a, b, float(scale)) for W, bias, a, b, scale in layers]
+    else:
+        layers = [(W, bias, a, b, float(scale)) for W, bias, a, b, scale in layers]
+    for i, layer in enumerate(layers):
+        _check(op, x, layers[0][0].shape[0] if inner is not None and i >= inner else x.shape[-1], *layer)
+    if inner is not None and layers[0][0].shape != layers[1][0].shape:
+        shapes = " and ".join(str(list(layer[0].shape)) for layer in layers[:2])
+        raise ValueError(f"{op}: the weights of gate and up are {shapes}; they must have the same shape")
+    if seeds is not None and len(seeds) != len(layers):
+        raise ValueError(f"{op}: {len(seeds)} seeds for {len(layers)} layers; there must be one for each")
+    if p and seeds is None:
+        seeds = torch.randint(2**63 - 1, (len(layers),), dtype=torch.int64)
+    elif p:
+        seeds = torch.stack([torch.as_tensor(seed, dtype=torch.int64).cpu() for seed in seeds])
+    else:
+        seeds = torch.zeros(len(layers), dtype=torch.int64)
+    return x, layers, seeds, dispatch.choose("lora", x, *(layer[0] for layer in layers))
+
+
+def _check(op, x, columns, weight, bias, lora_a, lora_b, scale):
+    if weight.dim() != 2 or weight.shape[1] != columns or weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(
+            f"{op}: weight is {list(weight.shape)} of {weight.dtype} on {weight.device}; for x {list(x.shape)} of "
+            f"{x.dtype} it must be [out, {columns}] of {x.dtype} on {x.device}"
+        )
+    out = weight.shape[0]
+    if bias is not None and (bias.shape != (out,) or not bias.is_floating_point() or bias.device != x.device):
+        raise ValueError(
+            f"{op}: bias is {list(bias.shape)} of {bias.dtype} on {bias.device}; it must be [{out}], floating, on {x.device}"
+        )
+    rank = lora_a.shape[0] if lora_a.dim() == 2 else 0
+    for name, t, shape in (("lora_a", lora_a, (rank, columns)), ("lora_b", lora_b, (out, rank))):
+        if rank == 0 or t.shape != shape or not t.is_floating_point() or t.device != x.device:
+            raise ValueError(
+                f"{op}: {name} is {list(t.shape)} of {t.dtype} on {t.device}; lora_a must be [r, {columns}] and lora_b "
+                f"[{out}, r] with r at least 1, floating, on {x.device}"
+            )

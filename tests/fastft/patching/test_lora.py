@@ -1,0 +1,212 @@
+"""Role `lora`: PEFT models compute and train as before, and every state that PEFT can put a layer into is respected."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import fastft
+from fastft import ops
+from fastft.patching import lora
+
+
+@pytest.fixture
+def peft_model(tiny):
+    """peft_model(family, dtype, **settings of LoraConfig) -> a model in training mode whose adapters are not zero."""
+
+    def build(family="llama", dtype=torch.float32, **settings):
+        settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **settings}
+        model = get_peft_model(tiny(family).to(dtype), LoraConfig(**settings)).train()
+        return fill(model)
+
+    return build
+
+
+def fill(model):
+    generator = torch.Generator().manual_seed(6)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.1).to(parameter.dtype)
+    return model
+
+
+def batch():
+    ids = torch.randint(5, 99, (3, 11), generator=torch.Generator().manual_seed(7))
+    return {"input_ids": ids, "labels": ids}
+
+
+def step(model):
+    """Loss and gradients."""
+    model.zero_grad()
+    loss = model(**batch()).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def assert_close(ours, plain, relative=1e-5):
+    for a, b in zip(ours, plain, strict=True):
+        assert (a - b).norm() <= relative * b.norm()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the calls of the ops."""
+    counts = dict.fromkeys(("lora_linear", "lora_mlp"), 0)
+    for name in counts:
+
+        def counted(op, name, *args, **kwargs):
+            counts[name] += 1
+            return op(*args, **kwargs)
+
+        monkeypatch.setattr(ops, name, functools.partial(counted, getattr(ops, name), name))
+    return counts
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "bert"])
+def test_same_losses_and_gradients(family, peft_model, calls):
+    model = peft_model(family)
+    expected = step(model)
+    report = fastft.patch(model, verbose=False)
+    assert_close(step(model), expected)
+    mlps = 2 if family in ("llama", "qwen2") else 0
+    assert calls["lora_mlp"] == mlps and calls["lora_linear"] + 3 * mlps == report.replaced["lora"]
+    fastft.unpatch(model)
+    assert all(torch.equal(a, b) for a, b in zip(step(model), expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_follows_peft(dtype, peft_model):
+    """32 steps: the curve is PEFT's to rounding, every adapter parameter moves and nothing else does."""
+    curves = []
+    for patched in (False, True):
+        model = peft_model(dtype=dtype)
+        if patched:
+            fastft.patch(model, verbose=False)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+        curves.append([])
+        for _ in range(32):
+            curves[-1].append(step(model)[0].item())
+            optimizer.step()
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == {name for name in before if "lora_" in name}
+    assert curves[1][-1] < 0.8 * curves[1][0]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4 if dtype == torch.float32 else 3e-2)
+
+
+def test_dropout_in_training_alone(peft_model, calls):
+    """On the fast path, drawn anew each time, with the mean of the layer's outputs unchanged."""
+    model = peft_model(lora_dropout=0.3)
+    model.eval()
+    expected = step(model)
+    fastft.patch(model, verbose=False)
+    assert_close(step(model), expected)
+    model.train()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    x = torch.randn(4, 32)
+    first, *others = (layer(x).detach() for _ in range(2000))
+    assert not torch.equal(first, others[0]) and calls["lora_linear"] > 2000
+    mean, clean = torch.stack(others).mean(0), layer.eval()(x).detach()
+    deviation = torch.stack(others).std(0)
+    assert ((mean - clean).abs() <= 5 * deviation / len(others) ** 0.5 + 1e-6).all()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_gradient_checkpointing(p, peft_model):
+    model = peft_model(lora_dropout=p)
+    fastft.patch(model, verbose=False)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(8)
+        found.append(step(model))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+TARGETS = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+SECOND = LoraConfig(r=2, target_modules=TARGETS)
+STATES = {
+    "two adapters": (lambda m: (m.add_adapter("b", SECOND), m.base_model.set_adapter(["default", "b"])), True),
+    "the other adapter": (lambda m: (m.add_adapter("b", SECOND), fill(m), m.set_adapter("b")), False),
+    "merged": (lambda m: m.merge_adapter(), True),
+    "disabled": (lambda m: m.base_model.disable_adapter_layers(), True),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("patch_first", [False, True])
+def test_states(state, patch_first, peft_model, calls):
+    change, falls_back = STATES[state]
+    plain = peft_model(target_modules=TARGETS)
+    ours = copy.deepcopy(plain)
+    if patch_first:
+        fastft.patch(ours, verbose=False)
+    for model in (plain, ours):
+        torch.manual_seed(9)
+        change(model)
+    report = fastft.patch(ours, verbose=False)
+    logits = [model(input_ids=batch()["input_ids"]).logits for model in (plain, ours)]
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+    assert falls_back == (sum(calls.values()) == 0)
+    if not patch_first:
+        assert falls_back == bool(report.lora_kept)
+
+
+KEPT = {
+    "DoraLinearVariant": {"use_dora": True},
+    "lora_bias": {"lora_bias": True},
+    "output embedding": {"target_modules": ["lm_head"]},
+    "class Embedding": {"target_modules": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("reason", KEPT)
+def test_what_computes_as_peft_does(reason, peft_model, calls):
+    model = peft_model(**KEPT[reason])
+    expected = step(model)
+    with fastft.backend("cpp"), pytest.raises(fastft.BackendError, match=f"layers, first .*{reason}"):
+        fastft.patch(model, verbose=False)
+    report = fastft.patch(model, verbose=False)
+    assert reason in str(report) and all(reason in why for why in report.lora_kept.values()) and report.lora_kept
+    assert_close(step(model), expected)
+    assert sum(calls.values()) == 0
+
+
+def test_an_mlp_that_somebody_watches_calls_its_layers(peft_model, calls):
+    model = peft_model()
+    fastft.patch(model, verbose=False)
+    seen = []
+    model.get_base_model().model.layers[0].mlp.gate_proj.register_forward_hook(lambda *args: seen.append(args[2].shape))
+    step(model)
+    assert seen == [(3, 11, 48)] and calls["lora_mlp"] == 1
+
+
+def test_fp32_adapters_on_a_bf16_model(peft_model, calls):
+    model = peft_model(dtype=torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleDict) and "default" in module and isinstance(module["default"], nn.Linear):
+            module.float()
+    fastft.patch(model, verbose=False)
+    _, *gradients = step(model)
+    assert all(g.dtype == torch.float32 and g.isfinite().all() and g.abs().sum() > 0 for g in gradients)
+    assert calls["lora_mlp"] == 2
+
+
+def test_compiles_into_one_graph(peft_model):
+    torch.compiler.reset()
+    model = peft_model(lora_dropout=0.1)
+    fastft.patch(model, verbose=False)
+    layer = model.get_base_model().model.layers[0]
+    run = torch.compile(lambda x: layer.mlp(x) + layer.self_attn.q_proj(x), backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 3, 32, requires_grad=True)
+    run(x).sum().backward()
+    assert x.grad.isfinite().all() and layer.mlp.down_proj.lora_A["default"].weight.grad.abs().sum() > 0
+
+
+def test_reasons_of_a_plain_layer(peft_model):
+    model = peft_model()
+    assert lora.kept(model.get_base_model()) == {} and len(lora.find(model.get_base_model())) == 14
