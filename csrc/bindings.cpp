@@ -10,6 +10,7 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "cpu/attention.h"
 #include "cpu/rms_norm.h"
 
 namespace py = pybind11;
@@ -65,6 +66,8 @@ PYBIND11_MODULE(_C, module) {
   for (int i = 0; i < 3; ++i) dtypes[kDTypeNames[i]] = i;
   module.attr("dtypes") = dtypes;
 
+  define(module, "attention_forward", attention_forward);
+  define(module, "attention_backward", attention_backward);
   define(module, "rms_norm_forward", rms_norm_forward);
   define(module, "rms_norm_backward", rms_norm_backward);
 }
