@@ -16,6 +16,7 @@
 #include "cpu/layer_norm.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/lora.h"
+#include "cpu/attention.h"
 #include "cpu/rms_norm.h"
 #ifdef FASTFT_CUDA
 #include "cuda/adamw8bit.h"
@@ -94,6 +95,8 @@ PYBIND11_MODULE(_C, module) {
   define(module, "layer_norm_backward", layer_norm_backward);
   define(module, "cross_entropy_forward", cross_entropy_forward);
   define(module, "lora_apply_mask", lora_apply_mask);
+  define(module, "attention_forward", attention_forward);
+  define(module, "attention_backward", attention_backward);
   define(module, "rms_norm_forward", rms_norm_forward);
   define(module, "rms_norm_backward", rms_norm_backward);
   define(module, "square_sum", square_sum);

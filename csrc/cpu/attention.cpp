@@ -1,0 +1,475 @@
+// Attention on the CPU, without a score matrix in memory. The equations are in kernels/fastft_kernels/reference/attention.py.
+//
+// Work is a tile of kRows queries of one head against kKeys keys, all in float and in the first two cache levels. A unit
+// of work owns what it writes: forward some queries of all heads that share a key head, backward a whole sequence of one
+// key head. So the results do not depend on the number of threads. Everything else is O(tokens).
+#include "cpu/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "common/elementary.h"
+#include "common/philox.h"
+#include "common/tile.h"
+
+namespace fastft {
+namespace {
+
+constexpr int kRows = 48, kKeys = 64;
+constexpr int64_t kRowsPerUnit = 384;          // forward: enough to pay for widening and transposing the keys
+constexpr int64_t kWorkPerThread = 1 << 18;    // multiplications; below this, waking a thread costs more
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Everything about a call but the element type.
+struct Problem {
+  const AttentionShape& shape;
+  const void *q, *k, *v, *o, *dout;
+  const float *lse, *dlse;
+  const int32_t *cu_seqlens_q, *cu_seqlens_k;
+  const int64_t* key_bounds;
+  void *out, *dq, *dk, *dv;
+  float* lse_out;
+  float scale, softcap;
+  uint64_t seed;
+
+  int64_t group() const { return shape.heads / shape.heads_k; }
+};
+
+// One sequence: where it starts in each tensor, and which keys its query i sees: those of first ... end - 1 that are in
+// i + offset - left ... i + offset + right.
+struct Sequence {
+  int64_t batch, q_row, k_row, queries, keys, offset, first, end;
+  uint32_t random_row, random_head;
+
+  Sequence(const Problem& p, int64_t i) {
+    const AttentionShape& s = p.shape;
+    if (p.cu_seqlens_q != nullptr) {
+      batch = 0, q_row = p.cu_seqlens_q[i], k_row = p.cu_seqlens_k[i];
+      queries = p.cu_seqlens_q[i + 1] - q_row, keys = p.cu_seqlens_k[i + 1] - k_row;
+    } else {
+      batch = i, q_row = k_row = 0, queries = s.queries, keys = s.keys;
+    }
+    offset = keys - queries;
+    first = p.key_bounds != nullptr ? p.key_bounds[2 * i] : 0;
+    end = p.key_bounds != nullptr ? p.key_bounds[2 * i + 1] : keys;
+    random_row = static_cast<uint32_t>(q_row);
+    random_head = static_cast<uint32_t>(batch * s.heads);
+  }
+
+  FASTFT_INLINE int64_t low(int64_t query, int64_t left) const { return std::max(first, query + offset - left); }
+  FASTFT_INLINE int64_t high(int64_t query, int64_t right) const { return std::min(end, query + offset + right + 1); }
+};
+
+struct Unit {
+  int64_t sequence, head_k, begin, end;  // begin, end: queries
+};
+
+FASTFT_INLINE int64_t at(const int64_t* strides, int64_t batch, int64_t row, int64_t head) {
+  return batch * strides[0] + row * strides[1] + head * strides[2];
+}
+
+FASTFT_INLINE float* take(float*& scratch, int64_t count) {
+  float* taken = scratch;
+  scratch += (count + 15) / 16 * 16;
+  return taken;
+}
+
+// rows of `from`, widened and scaled, as rows of `width` floats; zeros behind each and in rows outside begin ... end - 1.
+template <class T>
+FASTFT_INLINE void widen_rows(const T* from, int64_t stride, int64_t rows, int64_t cols, int64_t width, float scale,
+                              float* to, int64_t begin, int64_t end) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* in = from + i * stride;
+    float* out = to + i * width;
+    const int64_t n = i >= begin && i < end ? cols : 0;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) out[j] = widen(in[j]) * scale;
+    for (int64_t j = n; j < width; ++j) out[j] = 0.0f;
+  }
+}
+
+template <class T>
+FASTFT_INLINE void narrow_row(const float* from, float factor, T* to, int64_t cols) {
+#pragma omp simd
+  for (int64_t j = 0; j < cols; ++j) narrow(from[j] * factor, to[j]);
+}
+
+// What dropout keeps of a tile: bit b of bits[c][r] is for row r and key 8 c + b.
+struct Keep {
+  uint32_t bits[kKeys / 8][kRows];
+
+  FASTFT_INLINE void draw(const Problem& p, uint32_t row, int64_t rows, int64_t key, int64_t keys, uint32_t head) {
+    const uint32_t threshold = static_cast<uint32_t>(p.shape.threshold);
+    const uint64_t seed = p.seed;
+    const int padded = static_cast<int>((rows + 15) / 16 * 16);  // whole vectors: a remainder would be drawn one by one
+    for (int64_t c = 0; c < (keys + 7) / 8; ++c) {
+      const uint32_t counter = static_cast<uint32_t>(key / 8 + c);
+      uint32_t* to = bits[c];
+#pragma omp simd
+      for (int r = 0; r < padded; ++r) {
+        const Words words = philox(seed, counter, row + static_cast<uint32_t>(r), head, 1);
+        uint32_t kept = 0;
+        for (int i = 0; i < 4; ++i) {
+          kept |= static_cast<uint32_t>((words.w[i] & 0xffffu) >= threshold) << (2 * i);
+          kept |= static_cast<uint32_t>((words.w[i] >> 16) >= threshold) << (2 * i + 1);
+        }
+        to[r] = kept;
+      }
+    }
+  }
+
+  // x[j] *= factor where kept, else 0
+  FASTFT_INLINE void apply(int64_t r, int64_t keys, float factor, float* x) const {
+    for (int64_t c = 0; c < (keys + 7) / 8; ++c) {
+      const uint32_t kept = bits[c][r];
+#pragma omp simd
+      for (uint32_t b = 0; b < 8; ++b) x[8 * c + b] = (kept >> b) & 1u ? x[8 * c + b] * factor : 0.0f;
+    }
+  }
+};
+
+template <class T, int W>
+struct Forward {
+  const Problem& p;
+
+  static int64_t scratch(const Problem& p, const Unit& unit) {
+    const int64_t width = (p.shape.head_size + W - 1) / W * W, rows = (unit.end - unit.begin) * p.group();
+    return 2 * rows * width + 2 * rows + 3 * kKeys * width + kRows * kKeys + 16 * 8;
+  }
+
+  FASTFT_INLINE void operator()(const Unit& unit, float* scratch) const {
+    const AttentionShape& s = p.shape;
+    const Sequence sequence(p, unit.sequence);
+    const int64_t D = s.head_size, width = (D + W - 1) / W * W, count = unit.end - unit.begin, group = p.group();
+    float* q = take(scratch, count * group * width);
+    float* o = take(scratch, count * group * width);
+    float* top = take(scratch, count * group);
+    float* total = take(scratch, count * group);
+    float* rows = take(scratch, kKeys * width);
+    float* kt = take(scratch, kKeys * width);
+    float* v = take(scratch, kKeys * width);
+    float* scores = take(scratch, kRows * kKeys);
+    Keep keep;
+
+    std::fill(o, o + count * group * width, 0.0f);
+    std::fill(top, top + count * group, -kInfinity);
+    std::fill(total, total + count * group, 0.0f);
+    for (int64_t g = 0; g < group; ++g) {
+      const int64_t head = unit.head_k * group + g;
+      const T* from = static_cast<const T*>(p.q) + at(s.q, sequence.batch, sequence.q_row + unit.begin, head);
+      widen_rows(from, s.q[1], count, D, width, p.scale, q + g * count * width, 0, count);
+    }
+    const int64_t low = std::max<int64_t>(0, sequence.low(unit.begin, s.left)) / kKeys * kKeys;
+    const int64_t high = sequence.high(unit.end - 1, s.right);
+    for (int64_t key = low; key < high; key += kKeys) {
+      const int64_t keys = std::min<int64_t>(kKeys, high - key), padded = (keys + W - 1) / W * W;
+      const int64_t row = sequence.k_row + key, real = sequence.first - key;
+      const T* from = static_cast<const T*>(p.k) + at(s.k, sequence.batch, row, unit.head_k);
+      widen_rows(from, s.k[1], keys, D, width, 1.0f, rows, real, keys);
+      std::fill(rows + keys * width, rows + padded * width, 0.0f);
+      Tile<W>::transpose(padded, width, rows, width, kt, kKeys);
+      from = static_cast<const T*>(p.v) + at(s.v, sequence.batch, row, unit.head_k);
+      widen_rows(from, s.v[1], keys, D, width, 1.0f, v, real, keys);
+      const int64_t tiles = (count + kRows - 1) / kRows;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t i = count * tile / tiles, n = count * (tile + 1) / tiles - i, query = unit.begin + i;
+        if (sequence.low(query, s.left) >= key + keys || sequence.high(query + n - 1, s.right) <= key) continue;
+        for (int64_t g = 0; g < group; ++g) {
+          const int64_t at_row = g * count + i;
+          const uint32_t head = static_cast<uint32_t>(unit.head_k * group + g);
+          Tile<W>::template multiply<false, false>(n, padded, D, q + at_row * width, width, kt, kKeys, scores, kKeys);
+          if (s.threshold)
+            keep.draw(p, sequence.random_row + static_cast<uint32_t>(query), n, key, keys, sequence.random_head + head);
+          for (int64_t r = 0; r < n; ++r) {
+            const int64_t from_key = sequence.low(query + r, s.left) - key, to_key = sequence.high(query + r, s.right) - key;
+            float* x = scores + r * kKeys;
+            add_to_softmax(x, from_key, to_key, padded, top[at_row + r], total[at_row + r], o + (at_row + r) * width, width);
+            if (s.threshold) keep.apply(r, keys, 1.0f, x);
+          }
+          Tile<W>::template multiply<false, true>(n, width, keys, scores, kKeys, v, width, o + at_row * width, width);
+        }
+      }
+    }
+    const float kept = 1.0f - static_cast<float>(s.threshold) / 65536.0f;
+    for (int64_t g = 0; g < group; ++g) {
+      const int64_t head = unit.head_k * group + g;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = g * count + i, query = sequence.q_row + unit.begin + i;
+        const float sum = total[row];
+        const int64_t token = sequence.batch * s.queries + query;
+        T* to = static_cast<T*>(p.out) + (token * s.heads + head) * D;
+        narrow_row(o + row * width, sum == 0.0f ? 0.0f : 1.0f / (sum * kept), to, D);
+        p.lse_out[at(s.lse, sequence.batch, query, head)] = sum == 0.0f ? -kInfinity : top[row] + std::log(sum);
+      }
+    }
+  }
+
+  // Scores become exp(score - the largest so far), 0 where they are not seen; what was summed before is rescaled.
+  FASTFT_INLINE void add_to_softmax(float* x, int64_t low, int64_t high, int64_t cols, float& top, float& total,
+                                    float* o, int64_t width) const {
+    const int n = static_cast<int>(cols), from = static_cast<int>(std::max<int64_t>(low, 0));
+    const int to = static_cast<int>(std::min<int64_t>(high, cols));
+    if (p.softcap != 0.0f) {
+      const float cap = p.softcap, inverse = 1.0f / cap;
+#pragma omp simd
+      for (int j = 0; j < n; ++j) x[j] = cap * tanh_of(x[j] * inverse);
+    }
+    float higher = top;
+#pragma omp simd reduction(max : higher)
+    for (int j = 0; j < n; ++j) {
+      const float seen = (j >= from) & (j < to) ? x[j] : -kInfinity;
+      higher = seen > higher ? seen : higher;
+    }
+    const float pivot = higher == -kInfinity ? 0.0f : higher;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int j = 0; j < n; ++j) {
+      const float e = (j >= from) & (j < to) ? exp_of(x[j] - pivot) : 0.0f;
+      x[j] = e;
+      sum += e;
+    }
+    const float shrink = exp_of(top - pivot);
+    if (total != 0.0f && shrink != 1.0f) {
+#pragma omp simd
+      for (int64_t j = 0; j < width; ++j) o[j] *= shrink;
+    }
+    total = total * shrink + sum;
+    top = higher;
+  }
+};
+
+template <class T, int W>
+struct Backward {
+  const Problem& p;
+
+  static int64_t scratch(const Problem& p, const Unit& unit) {
+    const int64_t width = (p.shape.head_size + W - 1) / W * W, rows = (unit.end - unit.begin) * p.group();
+    return rows * width + 2 * rows + (6 * kKeys + 2 * kRows) * width + 3 * kRows * kKeys + 16 * 16;
+  }
+
+  FASTFT_INLINE void operator()(const Unit& unit, float* scratch) const {
+    const AttentionShape& s = p.shape;
+    const Sequence sequence(p, unit.sequence);
+    const int64_t D = s.head_size, width = (D + W - 1) / W * W, count = unit.end, group = p.group();
+    float* dq = take(scratch, count * group * width);
+    float* lse = take(scratch, count * group);
+    float* delta = take(scratch, count * group);
+    float* k = take(scratch, kKeys * width);
+    float* kt = take(scratch, kKeys * width);
+    float* v = take(scratch, kKeys * width);
+    float* vt = take(scratch, kKeys * width);
+    float* dk = take(scratch, kKeys * width);
+    float* dv = take(scratch, kKeys * width);
+    float* q = take(scratch, kRows * width);
+    float* dout = take(scratch, kRows * width);
+    float* x = take(scratch, kRows * kKeys);
+    float* dx = take(scratch, kRows * kKeys);
+    float* slope = take(scratch, kRows * kKeys);
+    Keep keep;
+
+    std::fill(dq, dq + count * group * width, 0.0f);
+    // Where a tile has all the keys of a row, delta is the sum of p dp, without the rounding of o.
+    const bool whole = sequence.keys <= kKeys;
+    const float kept = 1.0f - static_cast<float>(s.threshold) / 65536.0f;
+    for (int64_t g = 0; g < group; ++g) gather_rows(sequence, unit.head_k * group + g, whole, lse + g * count, delta + g * count);
+
+    for (int64_t key = 0; key < sequence.keys; key += kKeys) {
+      const int64_t keys = std::min<int64_t>(kKeys, sequence.keys - key), padded = (keys + W - 1) / W * W;
+      const int64_t row = sequence.k_row + key, real = sequence.first - key, end = sequence.end - key;
+      const T* from = static_cast<const T*>(p.k) + at(s.k, sequence.batch, row, unit.head_k);
+      widen_rows(from, s.k[1], keys, D, width, 1.0f, k, real, end);
+      std::fill(k + keys * width, k + padded * width, 0.0f);
+      Tile<W>::transpose(padded, width, k, width, kt, kKeys);
+      from = static_cast<const T*>(p.v) + at(s.v, sequence.batch, row, unit.head_k);
+      widen_rows(from, s.v[1], keys, D, width, 1.0f, v, real, end);
+      std::fill(v + keys * width, v + padded * width, 0.0f);
+      Tile<W>::transpose(padded, width, v, width, vt, kKeys);
+      std::fill(dk, dk + keys * width, 0.0f);
+      std::fill(dv, dv + keys * width, 0.0f);
+      const int64_t tiles = (count + kRows - 1) / kRows;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t i = count * tile / tiles, n = count * (tile + 1) / tiles - i;
+        if (sequence.low(i, s.left) >= key + keys || sequence.high(i + n - 1, s.right) <= key) continue;
+        for (int64_t g = 0; g < group; ++g) {
+          const int64_t head = unit.head_k * group + g, at_row = g * count + i;
+          widen_rows(static_cast<const T*>(p.q) + at(s.q, sequence.batch, sequence.q_row + i, head), s.q[1], n, D, width,
+                     p.scale, q, 0, n);
+          widen_rows(static_cast<const T*>(p.dout) + at(s.dout, sequence.batch, sequence.q_row + i, head), s.dout[1], n, D,
+                     width, 1.0f, dout, 0, n);
+          Tile<W>::template multiply<false, false>(n, padded, D, q, width, kt, kKeys, x, kKeys);
+          Tile<W>::template multiply<false, false>(n, padded, D, dout, width, vt, kKeys, dx, kKeys);
+          if (s.threshold)
+            keep.draw(p, sequence.random_row + static_cast<uint32_t>(i), n, key, keys,
+                      sequence.random_head + static_cast<uint32_t>(head));
+          for (int64_t r = 0; r < n; ++r) {
+            float* xr = x + r * kKeys;
+            float* dxr = dx + r * kKeys;
+            const int64_t from_key = sequence.low(i + r, s.left) - key, to_key = sequence.high(i + r, s.right) - key;
+            probabilities(xr, slope, from_key, to_key, padded, lse[at_row + r]);
+            if (s.threshold) keep.apply(r, keys, 1.0f / kept, dxr);
+            score_gradients(xr, dxr, slope, padded, delta[at_row + r], whole);
+            if (s.threshold) keep.apply(r, keys, 1.0f / kept, xr);
+          }
+          Tile<W>::template multiply<true, true>(keys, width, n, x, kKeys, dout, width, dv, width);
+          Tile<W>::template multiply<true, true>(keys, width, n, dx, kKeys, q, width, dk, width);
+          Tile<W>::template multiply<false, true>(n, width, keys, dx, kKeys, k, width, dq + at_row * width, width);
+        }
+      }
+      for (int64_t j = 0; j < keys; ++j) {
+        const int64_t to = ((sequence.batch * s.keys + row + j) * s.heads_k + unit.head_k) * D;
+        narrow_row(dk + j * width, 1.0f, static_cast<T*>(p.dk) + to, D);
+        narrow_row(dv + j * width, 1.0f, static_cast<T*>(p.dv) + to, D);
+      }
+    }
+    for (int64_t g = 0; g < group; ++g)
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t token = sequence.batch * s.queries + sequence.q_row + i;
+        narrow_row(dq + (g * count + i) * width, p.scale,
+                   static_cast<T*>(p.dq) + (token * s.heads + unit.head_k * group + g) * D, D);
+      }
+  }
+
+  // lse, infinite where a row sees nothing so that its probabilities are 0; and delta = do . o - dlse, without do . o
+  // where it comes from a whole tile.
+  FASTFT_INLINE void gather_rows(const Sequence& sequence, int64_t head, bool whole, float* lse, float* delta) const {
+    const AttentionShape& s = p.shape;
+    for (int64_t i = 0; i < sequence.queries; ++i) {
+      const int64_t row = sequence.q_row + i;
+      const float value = p.lse[at(s.lse, sequence.batch, row, head)];
+      lse[i] = value == -kInfinity ? kInfinity : value;
+      float dot = p.dlse == nullptr ? 0.0f : -p.dlse[at(s.dlse, sequence.batch, row, head)];
+      if (!whole) {
+        const T* dout = static_cast<const T*>(p.dout) + at(s.dout, sequence.batch, row, head);
+        const T* o = static_cast<const T*>(p.o) + ((sequence.batch * s.queries + row) * s.heads + head) * s.head_size;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t d = 0; d < s.head_size; ++d) sum += widen(dout[d]) * widen(o[d]);
+        dot += sum;
+      }
+      delta[i] = dot;
+    }
+  }
+
+  // Scores become probabilities, and slope the derivative of the soft-capped score.
+  FASTFT_INLINE void probabilities(float* x, float* slope, int64_t low, int64_t high, int64_t cols, float lse) const {
+    const int n = static_cast<int>(cols), from = static_cast<int>(std::max<int64_t>(low, 0));
+    const int to = static_cast<int>(std::min<int64_t>(high, cols));
+    if (p.softcap != 0.0f) {
+      const float cap = p.softcap, inverse = 1.0f / cap;
+#pragma omp simd
+      for (int j = 0; j < n; ++j) {
+        const float t = tanh_of(x[j] * inverse);
+        x[j] = cap * t;
+        slope[j] = 1.0f - t * t;
+      }
+    }
+#pragma omp simd
+    for (int j = 0; j < n; ++j) x[j] = (j >= from) & (j < to) ? exp_of(x[j] - lse) : 0.0f;
+  }
+
+  // Gradients of the probabilities become those of the scores.
+  FASTFT_INLINE void score_gradients(const float* x, float* dx, const float* slope, int64_t cols, float delta,
+                                     bool whole) const {
+    if (whole) {
+      float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < cols; ++j) sum += x[j] * dx[j];
+      delta += sum;
+    }
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) dx[j] = x[j] * (dx[j] - delta);
+    if (p.softcap != 0.0f) {
+#pragma omp simd
+      for (int64_t j = 0; j < cols; ++j) dx[j] *= slope[j];
+    }
+  }
+};
+
+template <class Body>
+FASTFT_CONTRACTED void run_4(const Problem& p, const Unit& unit, float* scratch) {
+  Body{p}(unit, scratch);
+}
+
+#ifdef FASTFT_X86
+template <class Body>
+FASTFT_AVX2 void run_8(const Problem& p, const Unit& unit, float* scratch) {
+  Body{p}(unit, scratch);
+}
+
+template <class Body>
+FASTFT_AVX512 void run_16(const Problem& p, const Unit& unit, float* scratch) {
+  Body{p}(unit, scratch);
+}
+#endif
+
+// Runs all units, the threads taking the next one as they become free.
+template <template <class, int> class Body, class T>
+void run_units(const Problem& p, const std::vector<Unit>& units, int64_t work, int threads) {
+  auto run = run_4<Body<T, 4>>;
+  auto scratch_of = Body<T, 4>::scratch;
+#ifdef FASTFT_X86
+  if (vector_width() == 8) run = run_8<Body<T, 8>>, scratch_of = Body<T, 8>::scratch;
+  if (vector_width() == 16) run = run_16<Body<T, 16>>, scratch_of = Body<T, 16>::scratch;
+#endif
+  int64_t size = 0;
+  for (const Unit& unit : units) size = std::max(size, scratch_of(p, unit));
+  const int64_t count = static_cast<int64_t>(units.size());
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({threads, count, 1 + work / kWorkPerThread}));
+#pragma omp parallel num_threads(static_cast<int>(parts)) if (parts > 1)
+  {
+    std::vector<float> scratch(size + 16);
+    float* aligned = scratch.data();
+    while (reinterpret_cast<uintptr_t>(aligned) % 64) ++aligned;
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < count; ++i) run(p, units[i], aligned);
+  }
+}
+
+// A unit for each key head of each sequence and, where `rows` is given, each so many queries. Returns the work, too.
+std::vector<Unit> plan(const Problem& p, int64_t rows, int64_t& work) {
+  const AttentionShape& s = p.shape;
+  std::vector<Unit> units;
+  work = 0;
+  for (int64_t i = 0; i < s.sequences; ++i) {
+    const Sequence sequence(p, i);
+    work += sequence.queries * sequence.keys * s.heads * s.head_size;
+    const int64_t step = rows == 0 ? std::max<int64_t>(sequence.queries, 1) : rows;
+    const int64_t parts = rows == 0 ? 1 : (sequence.queries + step - 1) / step;
+    for (int64_t head = 0; head < s.heads_k; ++head)
+      for (int64_t part = parts - 1; part >= 0; --part)  // under a causal mask the last queries see most
+        units.push_back({i, head, sequence.queries * part / parts, sequence.queries * (part + 1) / parts});
+  }
+  return units;
+}
+
+}  // namespace
+
+void attention_forward(const AttentionShape* shape, const void* q, const void* k, const void* v,
+                       const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k, const int64_t* key_bounds, void* o,
+                       float* lse, float scale, float softcap, uint64_t seed, DType dtype, int threads) {
+  Problem p{*shape};
+  p.q = q, p.k = k, p.v = v, p.out = o, p.lse_out = lse;
+  p.cu_seqlens_q = cu_seqlens_q, p.cu_seqlens_k = cu_seqlens_k, p.key_bounds = key_bounds;
+  p.scale = scale, p.softcap = softcap, p.seed = seed;
+  int64_t work;
+  const std::vector<Unit> units = plan(p, std::max<int64_t>(kRows, kRowsPerUnit / p.group()), work);
+  with_type(dtype, [&](auto type) { run_units<Forward, typename decltype(type)::type>(p, units, work, threads); });
+}
+
+void attention_backward(const AttentionShape* shape, const void* dout, const float* dlse, const void* q,
+                        const void* k, const void* v, const void* o, const float* lse, const int32_t* cu_seqlens_q,
+                        const int32_t* cu_seqlens_k, const int64_t* key_bounds, void* dq, void* dk, void* dv,
+                        float scale, float softcap, uint64_t seed, DType dtype, int threads) {
+  Problem p{*shape};
+  p.q = q, p.k = k, p.v = v, p.o = o, p.lse = lse, p.dout = dout, p.dlse = dlse;
+  p.dq = dq, p.dk = dk, p.dv = dv;
+  p.cu_seqlens_q = cu_seqlens_q, p.cu_seqlens_k = cu_seqlens_k, p.key_bounds = key_bounds;
+  p.scale = scale, p.softcap = softcap, p.seed = seed;
+  int64_t work;
+  const std::vector<Unit> units = plan(p, 0, work);
+  with_type(dtype, [&](auto type) { run_units<Backward, typename decltype(type)::type>(p, units, work, threads); });
+}
+
+}  // namespace fastft
