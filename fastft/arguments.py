@@ -115,6 +115,10 @@ class OutputArguments:
     eval_on_start: bool = option(False, "evaluate before the first step too")
     save_steps: int = option(0, "write a checkpoint every N steps; 0: none but the best")
     save_total_limit: int | None = option(None, "keep only the newest N checkpoints (and the best)")
+    on_save_error: str = option("stop", "when a checkpoint cannot be written", ["stop", "continue"])
+    verify_checkpoint: str = option(
+        "sizes", "what is checked before resuming: sizes and small files, or every byte", ["sizes", "full"]
+    )
     logging_steps: int = option(10, "log every N steps")
     load_best_model_at_end: bool = option(
         False, "save the best evaluated model, not the last; saves at each better evaluation"

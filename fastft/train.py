@@ -41,7 +41,7 @@ def train(args):
     ranks = init_ranks()
     output_dir = Path(args.output_dir)
     checkpoints = output_dir / "checkpoints"
-    checkpoint = find_checkpoint(checkpoints, args.resume_from_checkpoint)
+    checkpoint = find_checkpoint(checkpoints, args.resume_from_checkpoint, verify=args.verify_checkpoint)
     is_demo = args.model_name_or_path is None
     overwrite = args.overwrite_output_dir or (is_demo and (output_dir / "demo").is_dir())
     check_output_dir(output_dir, overwrite=overwrite, resume=args.resume_from_checkpoint is not None)
@@ -98,7 +98,12 @@ def train(args):
     def save():
         with recorder.pause():
             recorder.settle()
-            save_checkpoint(engine, checkpoints, state, keep=args.save_total_limit)
+            try:
+                save_checkpoint(engine, checkpoints, state, keep=args.save_total_limit)
+            except OSError as error:  # the same on all ranks
+                if args.on_save_error == "stop":
+                    raise
+                recorder.note(f"{error}; the run goes on")
 
     # The loop
     engine.train()

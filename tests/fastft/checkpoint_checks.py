@@ -211,17 +211,18 @@ def full_disk(out, stage, full_rank):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     dist.barrier()  # rank 0 has cleaned up
-    assert [path.name for path in out.iterdir()] == ["step-000001"], list(out.iterdir())
+    assert sorted(path.name for path in out.iterdir()) == ["latest", "step-000001"], list(out.iterdir())
     assert find_checkpoint(out, "auto") == first
     second = save_checkpoint(built, out, TrainState(step=2), keep=1)
     dist.barrier()
-    assert [path.name for path in out.iterdir()] == ["step-000002"] and find_checkpoint(out, "auto") == second
+    assert sorted(path.name for path in out.iterdir()) == ["latest", "step-000002"], list(out.iterdir())
+    assert find_checkpoint(out, "auto") == second and (out / "latest").read_text() == "step-000002\n"
 
 
 def rotation(out):
     """The newest and the best stay. `auto` means written last: a run that went back to an earlier step counts from there."""
     built = engine(0, "fp32", None)
-    names = lambda: sorted(path.name for path in out.iterdir())
+    names = lambda: sorted(path.name for path in out.iterdir() if path.name != "latest")
     for step in range(1, 6):
         state = TrainState(step=step, best_step=min(step, 2))
         save_checkpoint(built, out, state, keep=2)
