@@ -30,6 +30,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
+from fastft import universal
 from fastft.durable import (
     fault,
     file_sha256,
@@ -71,10 +72,11 @@ def step_folder(checkpoints_dir, step):
     return Path(checkpoints_dir) / f"step-{step:06d}"
 
 
-def save_checkpoint(engine, checkpoints_dir, state, *, keep=None):
+def save_checkpoint(engine, checkpoints_dir, state, *, keep=None, data=None):
     """Writes the checkpoint of `state.step` and returns its folder. Every rank calls it, between two optimizer steps.
 
     keep: how many good checkpoints stay, the newest ones; the best one (`state.best_step`) stays too. None keeps all.
+    data: `StepPlan.identity()`, which a run must share to resume.
     Ranks that share no disk each keep their own part under the same path.
 
     Raises OSError (a full disk) or RuntimeError on all ranks if any of them failed; older checkpoints are as before.
@@ -98,7 +100,11 @@ def save_checkpoint(engine, checkpoints_dir, state, *, keep=None):
         fault("before_manifest")
         with together(failed):
             if owner:
-                content = {**_facts(engine), "state": {**dataclasses.asdict(state), "best_checkpoint": best}}
+                content = {
+                    **_facts(engine),
+                    "data": data,
+                    "state": {**dataclasses.asdict(state), "best_checkpoint": best},
+                }
                 serial = 1 + max((_serial(old, unreadable=0) for old in _steps(folder.parent)), default=0)
                 _write_manifest(temporary, everything, content, serial)
             fault("before_rename")
@@ -145,32 +151,69 @@ def find_checkpoint(checkpoints_dir, request, *, verify="sizes"):
     return None
 
 
-def load_checkpoint(engine, path, *, weights_only=False):
+def load_checkpoint(engine, path, *, data=None, weights_only=False):
     """Puts engine, schedule and random streams back to where `save_checkpoint` found them and returns the TrainState.
 
+    data: `StepPlan.identity()` of the run, to be sure that its steps meet the examples that come next.
     weights_only: to go back to the best weights: the random streams stay as they are. (The optimizer's state comes
     along, because ZeRO keeps the weights there.)
 
-    Raises ValueError, the same on all ranks, where model, rank count, ZeRO stage, dtype or optimizer are not the same.
+    Another number of ranks or another ZeRO stage is converted on the way; ranks that are new get streams of their own.
+    Raises ValueError, the same on all ranks, where model, dtype, optimizer or data are not the same.
     """
     path = Path(path)
+    run = _facts(engine)
     with together(f"checkpoint {path} cannot be read"):
         content = _read(path)
-        _check_same(path, content, _facts(engine))
-        streams, frozen = _load_rank(path)
-        if frozen is not None and frozen != _frozen_checksum(engine.module):
-            raise ValueError(f"checkpoint {path}: its adapter was trained on a base model with other weights")
+        _check_same(path, content, run)
+        if not weights_only:
+            _check_data(path, content["data"], data)
+        converts = (content["world_size"], content["zero_stage"]) != (run["world_size"], run["zero_stage"])
+        streams, frozen = _load_rank(path, rank(), content["world_size"])
+    if frozen is not None:
+        _check_frozen(engine, path, content, converts)
     fault("during_load")
-    with _deepspeed_io(engine):
-        loaded, _ = engine.load_checkpoint(str(path), tag=SHARDS, load_module_strict=frozen is None)
-    if loaded is None:
-        raise OSError(f"checkpoint {path}: DeepSpeed found no shards in {path / SHARDS}")
+    if converts:
+        _check_convertible(path, content, run)
+        nonce = share(uuid.uuid4().hex)[0]
+        temporary = path.with_name(f".{path.name}.{nonce}")
+        universal.load_converted(
+            engine,
+            path / SHARDS,
+            temporary,
+            load_shard=load_shard,
+            saved_stage=content["zero_stage"],
+            order=content["order"],
+        )
+    else:
+        with _deepspeed_io(engine):
+            loaded, _ = engine.load_checkpoint(str(path), tag=SHARDS, load_module_strict=frozen is None)
+        if loaded is None:
+            raise OSError(f"checkpoint {path}: DeepSpeed found no shards in {path / SHARDS}")
     if not weights_only:
         _restore_streams(streams)  # last, so that nothing draws from them before the next step does
     state = TrainState(**content["state"])
     if state.best_checkpoint is not None:  # beside this one, also where the run's folder was moved
         state.best_checkpoint = str(path.parent / Path(state.best_checkpoint).name)
     return state
+
+
+def keep_step_size(args, checkpoint, world_size):
+    """The arguments, with as many accumulation steps as keep the examples of a step where the number of ranks changed.
+
+    So the data position, a number of steps, stays where it was. Every rank calls it; ValueError where no number does.
+    """
+    with together("--resume_from_checkpoint"):
+        content = {} if checkpoint is None else _read(checkpoint)
+        if content.get("world_size", world_size) == world_size or content["data"] is None:
+            return args
+        step, micro = content["data"]["examples_per_step"], args.per_device_train_batch_size * world_size
+        if step % micro:
+            raise ValueError(
+                f"checkpoint {checkpoint}: a step there has {step} examples, which {world_size} ranks cannot make of "
+                f"--per_device_train_batch_size {args.per_device_train_batch_size}; choose one that divides it"
+            )
+        return dataclasses.replace(args, gradient_accumulation_steps=step // micro)
 
 
 # What a checkpoint must share with the run that resumes from it
@@ -181,12 +224,15 @@ def _facts(engine):
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in module.parameters()})
     shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    names = {p: name for name, p in module.named_parameters()}
     return {
         "world_size": engine.world_size,
         "zero_stage": engine.zero_optimization_stage(),
         "dtype": "+".join(dtypes),
-        "optimizer": type(engine.basic_optimizer).__name__,
+        "optimizer": type(engine.basic_optimizer).__name__.removeprefix("Replicated"),  # stage 0's of the same name
         "parameters": {name: f"{shape} frozen" if name in frozen else f"{shape}" for name, shape in shapes.items()},
+        "frozen_elsewhere": _frozen_come_from_elsewhere(module),
+        "order": [names[p] for group in engine.basic_optimizer.param_groups for p in group["params"] if p in names],
     }
 
 
@@ -199,14 +245,55 @@ def _check_same(path, saved, run):
                 f"and {ours.get(name, 'absent')} in this run"
             )
     advice = {
-        "world_size": ("ranks", "resume with as many"),
-        "zero_stage": ("ZeRO stage", "resume with the same --zero_stage"),
         "dtype": ("weights in", "resume with the same --bf16 and --fp16"),
         "optimizer": ("optimizer", "resume with the same --optim"),
     }
     for fact, (name, remedy) in advice.items():
         if saved[fact] != run[fact]:
             raise ValueError(f"checkpoint {path}: {name} {saved[fact]} there, {run[fact]} in this run; {remedy}")
+
+
+def _check_data(path, saved, run):
+    names = {
+        "examples_per_step": "examples in a step",
+        "examples": "training examples",
+        "lengths": "training data, or a --max_length, of digest",
+        "seed": "--seed",
+    }
+    for fact, name in names.items() if saved and run else ():
+        if saved[fact] != run[fact]:
+            raise ValueError(
+                f"checkpoint {path}: {name} {saved[fact]} there, {run[fact]} in this run; "
+                "its place in the data would be lost: resume with the same, or start anew in another --output_dir"
+            )
+
+
+def _check_convertible(path, saved, run):
+    """What the universal conversion cannot carry over. Every rank calls it."""
+    was = f"{saved['world_size']} ranks at ZeRO stage {saved['zero_stage']}"
+    with together("checkpoint"):
+        missing = [r for r in range(saved["world_size"]) if not _rank_file(path, r).exists()]
+        if missing:
+            raise ValueError(
+                f"checkpoint {path}: was written by {was}, and the part of rank {missing[0]} is not on this disk: "
+                "resume with the same, or copy all parts to one disk"
+            )
+        if any("frozen" in shape for shape in run["parameters"].values()) and not run["frozen_elsewhere"]:
+            raise ValueError(f"checkpoint {path}: was written by {was}; with frozen weights only the same can resume")
+
+
+def _check_frozen(engine, path, saved, converts):
+    """ValueError where an adapter's base has other weights than when it was saved. At stage 3 ranks hold parts of it."""
+    total = lambda values, stage: sum(values) if stage == 3 else values[0]
+    now = share(_frozen_checksum(engine.module))
+    with together("checkpoint"):
+        ranks = range(saved["world_size"]) if converts else [rank()]
+        before = [_load_rank(path, r, saved["world_size"])[1] for r in ranks]
+        same = before == [now[rank()]]
+        if converts:
+            same = total(before, saved["zero_stage"]) == total(now, engine.zero_optimization_stage())
+        if not same:
+            raise ValueError(f"checkpoint {path}: its adapter was trained on a base model with other weights")
 
 
 def _frozen_come_from_elsewhere(module):
@@ -254,11 +341,32 @@ def _rank_state(engine):
     return save(tensors, metadata={"json": json.dumps(rest)})
 
 
-def _load_rank(folder):
-    with safe_open(_rank_file(folder), framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        rest = json.loads(file.metadata()["json"])
+def _load_rank(folder, wanted, world_size):
+    """(streams, checksum of the frozen weights). A rank that the checkpoint does not know gets a new stream."""
+    path = _rank_file(folder, wanted % world_size)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            rest = json.loads(file.metadata()["json"])
+    except FileNotFoundError:
+        raise ValueError(f"checkpoint {folder}: {path.name} is missing on this disk") from None
+    if wanted >= world_size:
+        tensors, rest = _branched(tensors, rest, wanted)
     return (tensors, rest), rest["frozen"]
+
+
+def _branched(tensors, rest, number):
+    """Streams that depend on the given ones and on a number."""
+    seed = int.from_bytes(hashlib.sha256(tensors["torch"].numpy().tobytes() + str(number).encode()).digest()[:4], "big")
+    version, words, gauss = random.Random(seed).getstate()
+    numpy_state = np.random.RandomState(seed).get_state(legacy=False)
+    fresh = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.from_numpy(numpy_state["state"]["key"].astype(np.int64)),
+        "torch": torch.Generator().manual_seed(seed).get_state(),
+    }
+    numpy_rest = {**numpy_state, "state": {"pos": numpy_state["state"]["pos"]}}
+    return {**tensors, **fresh}, {**rest, "python": [version, gauss], "numpy": numpy_rest}
 
 
 def _restore_streams(streams):
@@ -273,8 +381,8 @@ def _restore_streams(streams):
             torch.cuda.set_rng_state(tensors[f"cuda:{i}"], i)
 
 
-def _rank_file(folder):
-    return Path(folder) / f"rank-{rank():05d}.safetensors"
+def _rank_file(folder, number=None):
+    return Path(folder) / f"rank-{rank() if number is None else number:05d}.safetensors"
 
 
 # Files and folders

@@ -24,7 +24,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from fastft import demo
 from fastft.arguments import parse_arguments
-from fastft.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from fastft.checkpoint import TrainState, find_checkpoint, keep_step_size, load_checkpoint, save_checkpoint
 from fastft.data import Collator, StepPlan, eval_batches
 from fastft.engine import backward, build_engine, choose_dtype, deepspeed_config, init_ranks, leave
 from fastft.export import save_model
@@ -47,6 +47,7 @@ def train(args):
     check_output_dir(output_dir, overwrite=overwrite, resume=args.resume_from_checkpoint is not None)
     if is_demo:
         args = demo_arguments(args, output_dir / "demo", ranks)
+    args = keep_step_size(args, checkpoint, ranks.world_size)
     dtype = choose_dtype(args, ranks.device)
     config = deepspeed_config(args, dtype, ranks.world_size)
 
@@ -75,7 +76,7 @@ def train(args):
     collate = Collator(tokenizer, model.config, packing=packing)
     engine, schedule = build_engine(model, args, config, dtype, total_steps)
     set_seed(args.seed + ranks.rank)
-    state = load_checkpoint(engine, checkpoint) if checkpoint else TrainState()
+    state = load_checkpoint(engine, checkpoint, data=plan.identity()) if checkpoint else TrainState()
     recorder = Recorder(args, ranks, total_steps, state)
     recorder.describe(
         task=task.reason,
@@ -99,7 +100,7 @@ def train(args):
         with recorder.pause():
             recorder.settle()
             try:
-                save_checkpoint(engine, checkpoints, state, keep=args.save_total_limit)
+                save_checkpoint(engine, checkpoints, state, keep=args.save_total_limit, data=plan.identity())
             except OSError as error:  # the same on all ranks
                 if args.on_save_error == "stop":
                     raise

@@ -1,0 +1,158 @@
+"""Loading a checkpoint into another number of ranks or another ZeRO stage.
+
+DeepSpeed's universal format holds three whole tensors for each parameter, `zero/<name>/{fp32,exp_avg,exp_avg_sq}.pt`, which
+any number of ranks and stages 1 to 3 can read. Its converter makes them from stages 1 to 3; stage 0, where every rank
+holds all of `ReplicatedAdamW`, is converted here, in both directions.
+"""
+
+import contextlib
+import io
+import shutil
+from argparse import Namespace
+
+import torch
+
+from fastft.durable import rank, together
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+REPLICATED = "mp_rank_00_model_states.pt"
+
+
+@torch.no_grad()
+def load_converted(engine, shards, folder, *, load_shard, saved_stage, order):
+    """Puts weights, optimizer and schedule of another layout into `engine`. Every rank calls it.
+
+    shards: the folder with DeepSpeed's files, all of them on a disk that every rank sees. folder: where the converted
+    ones may lie meanwhile. load_shard: reads a file without executing it. order: names of the parameters as the
+    optimizer of a stage 0 run numbered them.
+
+    Raises ValueError where the optimizer holds more than Adam's two moments in fp32.
+    """
+    hyperparameters = [{k: v for k, v in g.items() if k != "params"} for g in engine.basic_optimizer.param_groups]
+    with _reading_with(load_shard), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            with together(f"{shards} could not be converted"):
+                if rank() == 0:
+                    _convert(shards, folder, load_shard, saved_stage, order)
+            if engine.zero_optimization_stage() == 0:
+                with together(f"{shards} could not be loaded"):
+                    _load_replicated(engine, folder, load_shard)
+            else:
+                with _universal(engine):
+                    engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        finally:
+            with together(f"{folder} could not be removed"):
+                if rank() == 0:
+                    shutil.rmtree(folder, ignore_errors=True)
+    # stage 3 copies those of the first group to all; the learning rate is the schedule's
+    rates = engine.lr_scheduler.get_last_lr()
+    for state in engine.basic_optimizer.state.values():
+        state["step"] = state["step"].clone()  # stage 3 gives one tensor to all, and each would count it up
+    for group, kept, rate in zip(engine.basic_optimizer.param_groups, hyperparameters, rates, strict=True):
+        group.update({**kept, "lr": rate})
+
+
+def _convert(shards, folder, load_shard, saved_stage, order):
+    (folder / "zero").mkdir(parents=True)
+    if saved_stage == 0:
+        content = load_shard(shards / REPLICATED, "cpu")
+        optimizer, module = content.pop("optimizer"), content.pop("module")
+        common = {}
+        states = {name: optimizer["state"].get(i, {}) for i, name in enumerate(order)}
+        if not all(state.get(key, _ZERO).dtype == torch.float32 for state in states.values() for key in MOMENTS):
+            raise ValueError(f"{shards}: its optimizer has no moments in fp32, so only the same layout can resume")
+        for name, state in states.items():
+            weight = state.get("master", module[name]).float()
+            _write(folder, name, {"fp32": weight, **{key: state.get(key, torch.zeros_like(weight)) for key in MOMENTS}})
+        step = next(state["step"] for state in states.values() if state)
+    else:
+        from deepspeed.checkpoint.ds_to_universal import main
+
+        fixed = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+        try:
+            main(Namespace(input_folder=str(shards), output_folder=str(folder), inject_missing_state=True, **fixed))
+        except KeyError as error:
+            raise ValueError(f"{shards}: its optimizer has no {error}, so only the same layout can resume") from None
+        (folder.parent / "latest_universal").unlink()
+        common = load_shard(folder / "zero" / "optimizer_state.pt", "cpu")
+        step = next(_steps(folder, common, load_shard))
+        content = load_shard(sorted(folder.glob("*model_states.pt"))[0], "cpu")
+        content.pop("module")
+        optimizer = {"param_groups": common["param_groups"]}
+    # each stage's reader finds its own layout of the same things
+    nested = {"state": {0: {"step": step.clone()}}, "param_groups": optimizer["param_groups"]}
+    common |= {
+        "ds_version": content["ds_version"],
+        "param_groups": optimizer["param_groups"],
+        "optimizer_state_dict": nested,
+    }
+    torch.save(common, folder / "zero" / "optimizer_state.pt")
+    for file in (folder / "zero").rglob("exp_avg.pt"):  # tied and frozen weights have none
+        tensors = {key: _tensor(load_shard(file.with_name(f"{key}.pt"), "cpu")) for key in ("fp32", *MOMENTS)}
+        _write(folder, file.parent.name, tensors)
+        torch.save(step.clone(), file.with_name("step.pt"))
+    for name in (REPLICATED, "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        torch.save({**content, "module": {}}, folder / name)
+
+
+_ZERO = torch.zeros((), dtype=torch.float32)
+
+
+def _write(folder, name, tensors):
+    path = folder / "zero" / name
+    path.mkdir(exist_ok=True)
+    for key, tensor in tensors.items():
+        torch.save({"param": tensor.clone()}, path / f"{key}.pt")
+
+
+def _steps(folder, common, load_shard):
+    for file in (folder / "zero").rglob("step.pt"):  # stages 1 and 2
+        yield torch.as_tensor(load_shard(file, "cpu"))
+    for state in common["optimizer_state_dict"]["state"].values():  # stage 3
+        yield torch.as_tensor(state["step"])
+
+
+def _tensor(saved):
+    return saved["param"] if isinstance(saved, dict) else saved
+
+
+def _load_replicated(engine, folder, load_shard):
+    optimizer, names = engine.basic_optimizer, {p: name for name, p in engine.module.named_parameters()}
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        path = folder / "zero" / names[p]
+        fp32, *moments = (load_shard(path / f"{key}.pt", p.device)["param"].view(p.shape) for key in ("fp32", *MOMENTS))
+        p.copy_(fp32)
+        state = {"step": load_shard(path / "step.pt", p.device), **dict(zip(MOMENTS, moments, strict=True))}
+        optimizer.state[p] = state if p.dtype == torch.float32 else {**state, "master": fp32}
+    content = load_shard(folder / REPLICATED, "cpu")
+    engine.lr_scheduler.load_state_dict(content["lr_scheduler"])
+    engine.global_steps, engine.global_samples = content["global_steps"], content["global_samples"]
+    engine.skipped_steps = content["skipped_steps"]
+
+
+@contextlib.contextmanager
+def _universal(engine):
+    engine._config.load_universal_checkpoint = True
+    try:
+        yield
+    finally:
+        engine._config.load_universal_checkpoint = False
+
+
+@contextlib.contextmanager
+def _reading_with(load_shard):
+    """DeepSpeed's converter calls torch.load(weights_only=False) in a dozen places: none of them shall."""
+    whole = torch.load
+
+    def load(file, map_location=None, **options):
+        torch.load = whole  # which load_shard calls
+        try:
+            return load_shard(file, map_location)
+        finally:
+            torch.load = load
+
+    torch.load = load
+    try:
+        yield
+    finally:
+        torch.load = whole
