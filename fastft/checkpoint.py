@@ -58,6 +58,7 @@ class TrainState:
     best_metric: float | None = None
     best_step: int | None = None
     best_checkpoint: str | None = None  # folder of best_step; set by save_checkpoint, which never rotates it out
+    last_checkpoint: str | None = None  # folder; set by save_checkpoint and load_checkpoint
     evaluations_without_improvement: int = 0
     skipped_steps: int = 0  # in a row, because of NaN or infinite gradients
     tokens: int = 0
@@ -114,7 +115,7 @@ def save_checkpoint(engine, checkpoints_dir, state, *, keep=None, data=None):
         if owner:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    state.best_checkpoint = best
+    state.best_checkpoint, state.last_checkpoint = best, str(folder)
     fault("before_latest")
     with together(f"checkpoint {folder} is written, but older ones could not be removed"):
         if owner:
@@ -192,7 +193,7 @@ def load_checkpoint(engine, path, *, data=None, weights_only=False):
             raise OSError(f"checkpoint {path}: DeepSpeed found no shards in {path / SHARDS}")
     if not weights_only:
         _restore_streams(streams)  # last, so that nothing draws from them before the next step does
-    state = TrainState(**content["state"])
+    state = TrainState(**{**content["state"], "last_checkpoint": str(path)})
     if state.best_checkpoint is not None:  # beside this one, also where the run's folder was moved
         state.best_checkpoint = str(path.parent / Path(state.best_checkpoint).name)
     return state

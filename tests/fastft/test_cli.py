@@ -16,14 +16,15 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 # Written twice on purpose: a flag that is added, renamed or dropped changes what people's scripts and recipes mean.
 FLAGS = """
     adam_beta1 adam_beta2 adam_epsilon bf16 cache_dir completion_column completion_only_loss dataset_config_name
-    dataset_name deepspeed early_stopping_patience eval_on_start eval_steps fp16 gradient_accumulation_steps
+    dataset_name ddp_timeout deepspeed early_stopping_patience eval_on_start eval_steps fp16 gradient_accumulation_steps
     gradient_checkpointing kernels label_column label_smoothing_factor learning_rate load_best_model_at_end local_rank
     logging_steps lora_alpha lora_dropout lora_r lora_target_modules lr_scheduler_type max_eval_samples max_grad_norm
     max_length max_skipped_steps max_steps max_train_samples metric_for_best_model model_name_or_path num_train_epochs
-    offload_optimizer optim output_dir overwrite_output_dir packing per_device_eval_batch_size
+    offload_optimizer on_bad_row on_save_error optim output_dir overwrite_output_dir packing per_device_eval_batch_size
     per_device_train_batch_size preprocessing_num_workers problem_type prompt_column report_to resume_from_checkpoint
     run_name save_steps save_total_limit seed task test_file text_column text_pair_column tokenizer_name train_file
-    trust_remote_code use_dora use_peft use_rslora validation_file warmup_ratio warmup_steps weight_decay zero_stage
+    trust_remote_code use_dora use_peft use_rslora validation_file verify_checkpoint warmup_ratio
+    warmup_steps weight_decay zero_stage
 """
 
 
