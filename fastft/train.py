@@ -116,9 +116,7 @@ def train(args):
             recorder.evaluation(0, evaluate("validation", "eval"))
         for step in range(state.step, total_steps):
             indices = plan.indices(step)
-            num_items = (
-                train_set.num_items[indices].sum().item() / ranks.world_size
-            )  # gradients are averaged over ranks
+            num_items = train_set.num_items[indices].sum().item() / ranks.world_size  # gradients are averaged
             losses = []
             for micro_batch in plan.micro_batches(step, ranks.rank):
                 examples = train_set.take(micro_batch) or [collate.ignored(train_set[0])]

@@ -143,7 +143,8 @@ def test_a_killed_run_is_the_run_it_would_have_been(outcomes, case):
     assert first["codes"][rank] == -9, f"nothing was killed: {first}"
     assert first["codes"][1 - rank] not in (0, -9), f"the other rank went on: {first}"
     assert first["seconds"] < 10, "the other rank took long to end"
-    assert "resumed    after step" in last["output"], last["output"]
+    if point != "mid_shard":  # whose second write may belong to the first save
+        assert "resumed    after step" in last["output"], last["output"]
     assert history(outcome) == history(whole)
     assert weights(outcome) == weights(whole)
     kept = sorted(path.name for path in (outcome["folder"] / "checkpoints").iterdir())
