@@ -2,17 +2,17 @@
 
 DeepSpeed's universal format holds three whole tensors for each parameter, `zero/<name>/{fp32,exp_avg,exp_avg_sq}.pt`, which
 any number of ranks and stages 1 to 3 can read. Its converter makes them from stages 1 to 3; stage 0, where every rank
-holds all of `ReplicatedAdamW`, is converted here, in both directions.
+holds all of the optimizer's state, is converted here, in both directions.
 """
 
 import contextlib
 import io
 import shutil
-from argparse import Namespace
 
 import torch
 
 from fastft.durable import rank, together
+from fastft.optim.universal import to_universal, widen_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 REPLICATED = "mp_rank_00_model_states.pt"
@@ -26,7 +26,7 @@ def load_converted(engine, shards, folder, *, load_shard, saved_stage, order):
     ones may lie meanwhile. load_shard: reads a file without executing it. order: names of the parameters as the
     optimizer of a stage 0 run numbered them.
 
-    Raises ValueError where the optimizer holds more than Adam's two moments in fp32.
+    Raises ValueError where the optimizer's moments cannot be carried over exactly: 8-bit ones under the dynamic code map.
     """
     hyperparameters = [{k: v for k, v in g.items() if k != "params"} for g in engine.basic_optimizer.param_groups]
     with _reading_with(load_shard), contextlib.redirect_stdout(io.StringIO()):
@@ -47,38 +47,33 @@ def load_converted(engine, shards, folder, *, load_shard, saved_stage, order):
     # stage 3 copies those of the first group to all; the learning rate is the schedule's
     rates = engine.lr_scheduler.get_last_lr()
     for state in engine.basic_optimizer.state.values():
-        state["step"] = state["step"].clone()  # stage 3 gives one tensor to all, and each would count it up
+        state["step"] = int(state["step"])  # stage 3 gives one tensor to all
     for group, kept, rate in zip(engine.basic_optimizer.param_groups, hyperparameters, rates, strict=True):
         group.update({**kept, "lr": rate})
 
 
 def _convert(shards, folder, load_shard, saved_stage, order):
-    (folder / "zero").mkdir(parents=True)
     if saved_stage == 0:
         content = load_shard(shards / REPLICATED, "cpu")
         optimizer, module = content.pop("optimizer"), content.pop("module")
-        common = {}
-        states = {name: optimizer["state"].get(i, {}) for i, name in enumerate(order)}
-        if not all(state.get(key, _ZERO).dtype == torch.float32 for state in states.values() for key in MOMENTS):
-            raise ValueError(f"{shards}: its optimizer has no moments in fp32, so only the same layout can resume")
-        for name, state in states.items():
+        common, step = {}, 0
+        codes = {i: group.get("code") for group in optimizer["param_groups"] for i in group["params"]}
+        for i, name in enumerate(order):
+            state = optimizer["state"].get(i, {})
             weight = state.get("master", module[name]).float()
-            _write(folder, name, {"fp32": weight, **{key: state.get(key, torch.zeros_like(weight)) for key in MOMENTS}})
-        step = next(state["step"] for state in states.values() if state)
+            state = widen_state(state, weight.numel(), codes[i])
+            moments = {key: state.get(key, torch.zeros_like(weight)).view(weight.shape) for key in MOMENTS}
+            _write(folder, name, {"fp32": weight, **moments})
+            step = max(step, int(state.get("step", 0)))
     else:
-        from deepspeed.checkpoint.ds_to_universal import main
-
-        fixed = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
-        try:
-            main(Namespace(input_folder=str(shards), output_folder=str(folder), inject_missing_state=True, **fixed))
-        except KeyError as error:
-            raise ValueError(f"{shards}: its optimizer has no {error}, so only the same layout can resume") from None
+        to_universal(shards, folder)
         (folder.parent / "latest_universal").unlink()
         common = load_shard(folder / "zero" / "optimizer_state.pt", "cpu")
-        step = next(_steps(folder, common, load_shard))
+        step = int(next(_steps(folder, common, load_shard)))
         content = load_shard(sorted(folder.glob("*model_states.pt"))[0], "cpu")
         content.pop("module")
         optimizer = {"param_groups": common["param_groups"]}
+    step = torch.tensor(float(step))
     # each stage's reader finds its own layout of the same things
     nested = {"state": {0: {"step": step.clone()}}, "param_groups": optimizer["param_groups"]}
     common |= {
@@ -95,12 +90,9 @@ def _convert(shards, folder, load_shard, saved_stage, order):
         torch.save({**content, "module": {}}, folder / name)
 
 
-_ZERO = torch.zeros((), dtype=torch.float32)
-
-
 def _write(folder, name, tensors):
     path = folder / "zero" / name
-    path.mkdir(exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
     for key, tensor in tensors.items():
         torch.save({"param": tensor.clone()}, path / f"{key}.pt")
 
@@ -122,7 +114,7 @@ def _load_replicated(engine, folder, load_shard):
         path = folder / "zero" / names[p]
         fp32, *moments = (load_shard(path / f"{key}.pt", p.device)["param"].view(p.shape) for key in ("fp32", *MOMENTS))
         p.copy_(fp32)
-        state = {"step": load_shard(path / "step.pt", p.device), **dict(zip(MOMENTS, moments, strict=True))}
+        state = {"step": int(load_shard(path / "step.pt", "cpu")), **dict(zip(MOMENTS, moments, strict=True))}
         optimizer.state[p] = state if p.dtype == torch.float32 else {**state, "master": fp32}
     content = load_shard(folder / REPLICATED, "cpu")
     engine.lr_scheduler.load_state_dict(content["lr_scheduler"])
