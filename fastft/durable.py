@@ -63,10 +63,8 @@ class _HashingFile:
 
     def write(self, data):
         data = memoryview(data).cast("B")
-        if not self.bytes and fault_is_due("mid_shard"):
-            self.file.write(data[: len(data) // 2])
-            self.file.flush()
-            fault("mid_shard")
+        if not self.bytes:
+            fault("mid_shard", lambda: (self.file.write(data[: len(data) // 2]), self.file.flush()))
         self.file.write(data)
         self.digest.update(data)
         self.bytes += len(data)
@@ -81,16 +79,14 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fault(point):
+def fault(point, last_act=lambda: None):
     """Kills this process if FASTFT_FAULT_POINT names the point: `after_shard:rank1`, with `:2` the second time there."""
-    if fault_is_due(point):
+    name, where, *count = (os.environ.get("FASTFT_FAULT_POINT") or ":").split(":")
+    if (name, where) == (point, f"rank{rank()}"):
         _faults[point] = _faults.get(point, 0) + 1
-        if _faults[point] == int((os.environ["FASTFT_FAULT_POINT"].split(":") + ["1"])[2]):
+        if _faults[point] == int(count[0] if count else 1):
+            last_act()
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-def fault_is_due(point):
-    return os.environ.get("FASTFT_FAULT_POINT", "").split(":")[:2] == [point, f"rank{rank()}"]
 
 
 _faults = {}  # {point: how often it was passed}

@@ -64,6 +64,16 @@ def drop(what):
     """A resume that loses a part: what the equality tests must notice."""
     if what == "random streams":
         checkpoint._restore_streams = lambda streams: None
+    elif what == "scales":  # of the 8-bit moments
+        whole = loop.load_checkpoint
+
+        def load(engine, *args, **options):
+            state = whole(engine, *args, **options)
+            for held in engine.basic_optimizer.state.values():
+                held["exp_avg_sq_absmax"].fill_(1.0)
+            return state
+
+        loop.load_checkpoint = load
     elif what == "data position":
         whole = StepPlan._permutation_of
         StepPlan.indices = lambda self, step: whole(self, step + 1)

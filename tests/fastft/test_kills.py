@@ -18,7 +18,7 @@ import pytest
 pytestmark = pytest.mark.distributed
 FULL = os.environ.get("FASTFT_MATRIX") == "full"
 STEPS = 8  # 4 steps an epoch; a checkpoint every other step, of which two stay, so the third save rotates
-OPTIMIZERS = ("adamw",)
+OPTIMIZERS = ("adamw_torch", "adamw_8bit")
 LAYOUTS = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (1, "cpu"), (2, "cpu"), (3, "cpu")]
 KINDS = ("fp32", "bf16", "lora")  # LoRA with dropout, whose masks come from the random streams
 SAVING = ("before_shard", "mid_shard", "after_shard", "before_manifest", "before_rename", "before_latest")
@@ -50,20 +50,18 @@ else:  # every point meets every rank, every layout each kind of weights and eac
     AROUND = pairwise(LAYOUTS, KINDS[1:], OPTIMIZERS)
     CASES = [(*case, *AROUND[(3 * i) % len(AROUND)]) for i, case in enumerate(CASES)]
 RUNS = sorted({(layout, kind, optimizer) for _, _, layout, kind, optimizer in CASES})
-DROPPED = ("random streams", "schedule", "optimizer", "data position")
+DROPPED = ("random streams", "schedule", "optimizer", "data position", "scales")
 
 
 def name_of(case):
-    return "-".join("".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in case).replace(
-        " ", "_"
-    )
+    return "-".join("".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in case)
 
 
 @pytest.fixture(scope="module")
 def arguments(tiny_llama, sums_file):
     """arguments(folder, layout, kind, optimizer) of a run."""
 
-    def make(folder, layout=(0, "none"), kind="fp32", optimizer="adamw", **more):
+    def make(folder, layout=(0, "none"), kind="fp32", optimizer="adamw_torch", **more):
         (stage, offload), lora = layout, {"use_peft": True, "lora_r": 4, "lora_dropout": 0.2, "bf16": False}
         kinds = {"fp32": {"bf16": False}, "bf16": {"bf16": True}, "lora": lora}
         return {
@@ -94,7 +92,7 @@ def killed(point, rank, layout):
         return [fault, {}]
     files = 1  # in the second save, whatever the point; a rank passes mid_shard once in each file
     if point == "mid_shard":
-        files = {0: 2 - rank, 1: 3 - rank, 2: 3 - rank, 3: 3}[layout[0]]
+        files = {0: (3, 1), 1: (4, 2), 2: (4, 2), 3: (4, 3)}[layout[0]][rank]  # rank 0's state.json is one
     fault["environment"]["FASTFT_FAULT_POINT"] += f":{files + 1}"
     return [fault, {}]
 
@@ -113,7 +111,7 @@ def outcomes(arguments, tmp_path_factory):
         cases[name_of(case)] = [
             {"arguments": arguments(folder, *run), **launch} for launch in killed(point, rank, run[0])
         ]
-    stage2 = ((2, "none"), "lora", OPTIMIZERS[0])
+    stage2 = ((2, "none"), "lora", "adamw_8bit")
     cases["whole"] = [{"arguments": arguments(out / "whole", *stage2)}]
     for what in DROPPED:
         launches = [{"hook": ["kill_in_backward", 0, 10]}, {"hook": ["drop", what]}]
@@ -149,8 +147,7 @@ def test_a_killed_run_is_the_run_it_would_have_been(outcomes, case):
     assert first["codes"][rank] == -9, f"nothing was killed: {first}"
     assert first["codes"][1 - rank] not in (0, -9), f"the other rank went on: {first}"
     assert first["seconds"] < 10, "the other rank took long to end"
-    if point != "mid_shard":  # whose second write may belong to the first save
-        assert "resumed    after step" in last["output"], last["output"]
+    assert "resumed    after step" in last["output"], last["output"]
     assert history(outcome) == history(whole)
     assert weights(outcome) == weights(whole)
     kept = sorted(path.name for path in (outcome["folder"] / "checkpoints").iterdir())
@@ -158,10 +155,8 @@ def test_a_killed_run_is_the_run_it_would_have_been(outcomes, case):
 
 
 def test_killed_twice(outcomes):
-    assert [launch["codes"][rank] for launch, rank in zip(outcomes["twice"]["launches"], (1, 0), strict=False)] == [
-        -9,
-        -9,
-    ]
+    first, second, _ = outcomes["twice"]["launches"]
+    assert (first["codes"][1], second["codes"][0]) == (-9, -9)
     assert history(outcomes["twice"]) == history(outcomes["whole"])
 
 
