@@ -28,7 +28,7 @@ from fastft.data import Collator, StepPlan, eval_batches
 from fastft.durable import share
 from fastft.engine import backward, build_engine, choose_dtype, deepspeed_config, init_ranks, leave
 from fastft.export import save_model
-from fastft.guard import STOP, Guard, Stopped, report
+from fastft.guard import SAVE, STOP, Guard, Stopped, report
 from fastft.metrics import Recorder, check_output_dir
 from fastft.models import load_model, load_tokenizer, patch_model
 from fastft.tasks import get_task
@@ -136,6 +136,8 @@ def train(args):
             wish = guard.wish()
             if due or wish:
                 save()
+            if wish == SAVE:
+                recorder.note(f"checkpoint step-{state.step:06d} written, as SIGUSR1 asked")
             if wish == STOP:
                 raise Stopped(
                     f"after step {state.step} of {total_steps}; --resume_from_checkpoint auto goes on from there"

@@ -53,6 +53,34 @@ def kill_in_evaluation(rank, count):
     Task.evaluate = evaluate
 
 
+def in_backward(rank, count, what, *arguments):
+    """Calls one of the functions below in the back-propagation of a micro-batch, counted from 1."""
+    whole, calls = loop.backward, [0]
+
+    def backward(*args):
+        calls[0] += 1
+        if calls[0] == count and int(os.environ["RANK"]) == rank:
+            {"signals": signals, "fail": fail, "hang": hang}[what](*arguments)
+        whole(*args)
+
+    loop.backward = backward
+
+
+def signals(*numbers):
+    """Sends them to this process, further apart than what counts as one request."""
+    for i, number in enumerate(numbers):
+        time.sleep(3.2 if i else 0)
+        os.kill(os.getpid(), number)
+
+
+def fail():
+    raise RuntimeError("a bug in the middle of a step")
+
+
+def hang():
+    time.sleep(1000)
+
+
 def kill_after(rank, least, most, seed):
     """SIGKILL at a random instant."""
     if int(os.environ["RANK"]) == rank:
@@ -98,7 +126,7 @@ def start(launch, rank, port, log):
     torch.set_num_threads(1)
     if "hook" in launch:
         name, *arguments = launch["hook"]
-        {f.__name__: f for f in (kill_in_backward, kill_in_evaluation, kill_after, drop)}[name](*arguments)
+        {f.__name__: f for f in (kill_in_backward, kill_in_evaluation, in_backward, kill_after, drop)}[name](*arguments)
     loop.leave(loop.run(Arguments(**launch["arguments"])))
 
 

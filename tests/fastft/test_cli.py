@@ -1,10 +1,10 @@
 """The `fastft` command up to the point where work begins: help, mistakes, and how the launcher is started."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,7 +91,7 @@ def test_help_names_every_flag(capsys):
     ],
 )
 def test_a_mistake_gets_one_sentence(capsys, tmp_path, monkeypatch, argv, sentence):
-    monkeypatch.setattr(os, "execve", lambda *command: pytest.fail(f"started {command}"))
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda *command, **how: pytest.fail(f"started {command}"))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("learnin_rate: 1e-3\n")
     code, out, err = run(capsys, *[str(recipe) if arg == "RECIPE" else arg for arg in argv])
@@ -121,7 +121,12 @@ def started(monkeypatch):
 
     def start(*argv):
         calls = []
-        monkeypatch.setattr(os, "execve", lambda path, command, environment: calls.append((command, environment)))
+
+        def popen(command, env, **how):
+            calls.append((command, env))
+            return SimpleNamespace(wait=lambda: 0)
+
+        monkeypatch.setattr(launch.subprocess, "Popen", popen)
         assert cli.main(["train", *argv]) == 0
         return calls[0]
 
@@ -154,6 +159,14 @@ def test_launcher_flags_go_to_the_launcher(started, tmp_path):
     assert flag(command, "--hostfile") == str(hosts) and "--no_ssh" in command and flag(command, "--node_rank") == "1"
     assert "--master_port" not in command and "DS_ACCELERATOR" not in environment
     assert command[-2:] == ["--seed", "1"]
+
+
+def test_other_nodes_get_no_argument_that_their_shell_would_run(capsys, tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node-1 slots=1\nnode-2 slots=1\n")
+    for value in ("$(touch /tmp/x)", "a;b", "it's", "a|b", "`id`", "a\nb", "a&b", "a>b", "*"):
+        code, _, err = run(capsys, "train", "--hostfile", str(hosts), "--run_name", value)
+        assert code == 2 and "shells of the other nodes" in err
 
 
 def test_a_gpu_machine_leaves_the_number_of_ranks_to_deepspeed(started, monkeypatch):

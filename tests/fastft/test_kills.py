@@ -9,15 +9,11 @@ import hashlib
 import itertools
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.distributed
 FULL = os.environ.get("FASTFT_MATRIX") == "full"
-STEPS = 8  # 4 steps an epoch; a checkpoint every other step, of which two stay, so the third save rotates
 OPTIMIZERS = ("adamw_torch", "adamw_8bit")
 LAYOUTS = [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (1, "cpu"), (2, "cpu"), (3, "cpu")]
 KINDS = ("fp32", "bf16", "lora")  # LoRA with dropout, whose masks come from the random streams
@@ -57,25 +53,6 @@ def name_of(case):
     return "-".join("".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in case)
 
 
-@pytest.fixture(scope="module")
-def arguments(tiny_llama, sums_file):
-    """arguments(folder, layout, kind, optimizer) of a run."""
-
-    def make(folder, layout=(0, "none"), kind="fp32", optimizer="adamw_torch", **more):
-        (stage, offload), lora = layout, {"use_peft": True, "lora_r": 4, "lora_dropout": 0.2, "bf16": False}
-        kinds = {"fp32": {"bf16": False}, "bf16": {"bf16": True}, "lora": lora}
-        return {
-            "model_name_or_path": tiny_llama, "train_file": sums_file, "validation_file": sums_file,
-            "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 3e-3,
-            "weight_decay": 0.01, "warmup_steps": 3, "max_steps": STEPS, "max_eval_samples": 8, "eval_steps": 3,
-            "save_steps": 2, "save_total_limit": 2, "logging_steps": 1, "report_to": ["none"], "output_dir": str(folder),
-            "zero_stage": stage, "offload_optimizer": offload, "optim": optimizer,
-            "resume_from_checkpoint": "auto", **kinds[kind], **more,
-        }  # fmt: skip
-
-    return make
-
-
 def killed(point, rank, layout):
     """The launches (without arguments) of which the last one finishes."""
     hooks = {
@@ -98,32 +75,27 @@ def killed(point, rank, layout):
 
 
 @pytest.fixture(scope="module")
-def outcomes(arguments, tmp_path_factory):
+def outcomes(run_killed, run_arguments, tmp_path_factory):
     """{case: [outcome of each launch]} with the folder of each run."""
     out = tmp_path_factory.mktemp("kills")
     cases = {}
     for run in RUNS:
         folder = out / f"whole-{name_of(run)}"
-        cases[f"whole-{name_of(run)}"] = [{"arguments": arguments(folder, *run)}]
+        cases[f"whole-{name_of(run)}"] = [{"arguments": run_arguments(folder, *run)}]
     for case in CASES:
         point, rank, *run = case
         folder = out / name_of(case)
         cases[name_of(case)] = [
-            {"arguments": arguments(folder, *run), **launch} for launch in killed(point, rank, run[0])
+            {"arguments": run_arguments(folder, *run), **launch} for launch in killed(point, rank, run[0])
         ]
     stage2 = ((2, "none"), "lora", "adamw_8bit")
-    cases["whole"] = [{"arguments": arguments(out / "whole", *stage2)}]
+    cases["whole"] = [{"arguments": run_arguments(out / "whole", *stage2)}]
     for what in DROPPED:
         launches = [{"hook": ["kill_in_backward", 0, 10]}, {"hook": ["drop", what]}]
-        cases[f"drop-{what}"] = [{"arguments": arguments(out / f"drop-{what}", *stage2), **la} for la in launches]
+        cases[f"drop-{what}"] = [{"arguments": run_arguments(out / f"drop-{what}", *stage2), **la} for la in launches]
     twice = [{"hook": ["kill_in_backward", 1, 9]}, {"hook": ["kill_in_backward", 0, 5]}, {}]
-    cases["twice"] = [{"arguments": arguments(out / "twice", *stage2), **launch} for launch in twice]
-    (out / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, str(Path(__file__).with_name("kill_cases.py")), str(out / "cases.json"), str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {name: {"folder": out / name, "launches": json.loads((out / f"{name}.json").read_text())} for name in cases}
+    cases["twice"] = [{"arguments": run_arguments(out / "twice", *stage2), **launch} for launch in twice]
+    return run_killed(cases, out)
 
 
 def history(outcome):
@@ -139,6 +111,7 @@ def weights(outcome):
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in outcome["folder"].glob("*.safetensors")}
 
 
+# 8 steps of 4 an epoch, a checkpoint every other step, of which two stay, so the third save rotates
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_a_killed_run_is_the_run_it_would_have_been(outcomes, case):
     point, rank, *run = case
