@@ -59,6 +59,9 @@ class DataArguments:
     preprocessing_num_workers: int | None = option(None, "processes that tokenise; by default chosen by size")
     max_train_samples: int | None = option(None, "use only the first N training examples")
     max_eval_samples: int | None = option(None, "use only the first N validation examples")
+    on_bad_row: str = option(
+        "error", "what a row that cannot be used does: end the run, or be counted", ["error", "skip"]
+    )
     cache_dir: str | None = option(None, "folder for tokenised data; by default that of the datasets library")
 
 
@@ -103,6 +106,7 @@ class TrainingArguments:
     )
     offload_optimizer: str = option("none", "where the optimizer state lives", ["none", "cpu"])
     deepspeed: str | None = option(None, "a DeepSpeed configuration file, instead of the one that fastft writes")
+    ddp_timeout: int = option(1800, "end with the stacks of all ranks after N seconds without progress")
     max_skipped_steps: int = option(5, "abort after this many steps in a row with NaN or infinite gradients")
 
 
@@ -115,6 +119,10 @@ class OutputArguments:
     eval_on_start: bool = option(False, "evaluate before the first step too")
     save_steps: int = option(0, "write a checkpoint every N steps; 0: none but the best")
     save_total_limit: int | None = option(None, "keep only the newest N checkpoints (and the best)")
+    on_save_error: str = option("stop", "when a checkpoint cannot be written", ["stop", "continue"])
+    verify_checkpoint: str = option(
+        "sizes", "what is checked before resuming: sizes and small files, or every byte", ["sizes", "full"]
+    )
     logging_steps: int = option(10, "log every N steps")
     load_best_model_at_end: bool = option(
         False, "save the best evaluated model, not the last; saves at each better evaluation"
@@ -141,7 +149,7 @@ class Arguments(ModelArguments, DataArguments, LoraArguments, TrainingArguments,
         at_least = {
             "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
             "max_length": 2, "lora_r": 1, "logging_steps": 1, "eval_steps": 0, "save_steps": 0, "warmup_steps": 0,
-            "save_total_limit": 1, "early_stopping_patience": 1, "max_skipped_steps": 1, "weight_decay": 0,
+            "save_total_limit": 1, "early_stopping_patience": 1, "max_skipped_steps": 1, "ddp_timeout": 1, "weight_decay": 0,
             "max_grad_norm": 0, "learning_rate": 0, "max_train_samples": 1, "max_eval_samples": 1,
             "preprocessing_num_workers": 1, "lora_alpha": 0, "adam_epsilon": 0, "seed": 0,
         }  # fmt: skip

@@ -1,7 +1,8 @@
 """The `fastft` command: train, predict, eval, merge and doctor.
 
 A command imports what is heavy only after it has checked its arguments, so that help and typing errors are answered at
-once. Exit codes: 0 when all was done, 2 for input that cannot be used, 1 for anything else that failed.
+once. Exit codes: 0 when all was done, 2 for input that cannot be used, 1 for anything else that failed; `train` has more,
+see fastft/guard.py.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def train(argv):
     add_launcher_options(launcher)
     options, rest = launcher.parse_known_args(argv)
     parse_arguments(rest, prog)
-    launch(Path(__file__).with_name("train.py"), rest, vars(options))
+    return launch(Path(__file__).with_name("train.py"), rest, vars(options))
 
 
 def predict(argv):

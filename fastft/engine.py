@@ -37,8 +37,11 @@ class Ranks:
         return self.rank == 0
 
 
-def init_ranks():
-    """Joins the process group that the launcher describes, or a group of one where there is no launcher."""
+def init_ranks(timeout=1800):
+    """Joins the process group that the launcher describes, or a group of one where there is no launcher.
+
+    timeout: seconds after which a rank gives up waiting for the others; a minute later than the loop's own watchdog.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
     import deepspeed
@@ -57,7 +60,7 @@ def init_ranks():
     if "RANK" not in os.environ and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # no launcher, so no port either
-    deepspeed.init_distributed(verbose=False, timeout=timedelta(minutes=30))
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout + 60))
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 

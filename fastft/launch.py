@@ -3,7 +3,10 @@
 import argparse
 import ctypes
 import os
+import re
+import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,17 +35,49 @@ def add_launcher_options(parser):
 
 
 def launch(script, arguments, options):
-    """Replaces this process by DeepSpeed's launcher, which so gets signals and gives its exit code; never returns.
+    """Runs DeepSpeed's launcher and returns its exit code, which is that of the rank which failed first.
 
-    options: {name: value} of LAUNCHER_OPTIONS. Raises ValueError for those that cannot be.
+    Signals go to the ranks of this machine, which save and end by themselves: DeepSpeed's launcher dies of some without
+    ending its ranks, and answers others with exit code 1. options: {name: value} of LAUNCHER_OPTIONS. Raises ValueError
+    for those that cannot be.
     """
     command, environment = launch_command(script, arguments, options)
-    os.execve(command[0], command, environment)
+    # a session of its own: Ctrl-C reaches this process only
+    launcher = subprocess.Popen(command, env=environment, start_new_session=os.name != "nt")
+
+    def pass_on(number, frame):
+        for process in _ranks(launcher.pid) or [launcher]:
+            process.send_signal(number)
+
+    handlers = {}
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):  # Windows has the first two
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            handlers[number] = signal.signal(number, pass_on)
+    try:
+        code = launcher.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 128 - code if code < 0 else code
+
+
+def _ranks(launcher):
+    """The processes that DeepSpeed's launcher (a process number) has started here to train."""
+    import psutil
+
+    try:
+        starters = [p for p in psutil.Process(launcher).children() if "deepspeed.launcher.launch" in p.cmdline()]
+        return [rank for starter in starters for rank in starter.children()]
+    except psutil.Error:
+        return []
 
 
 def launch_command(script, arguments, options):
     """(command line, environment) that start `script` on every rank."""
     _check(options)
+    if "hostfile" in options and "no_ssh" not in options:
+        _check_shell(arguments)
     options, environment = dict(options), dict(os.environ)
     if "hostfile" not in options:
         options.setdefault("master_port", _free_port())
@@ -89,6 +124,16 @@ def _check(options):
         raise ValueError(f"--num_nodes {options['num_nodes']}: needs --hostfile, which names the nodes")
     if ("no_ssh" in options) != ("node_rank" in options):
         raise ValueError("--no_ssh and --node_rank: each needs the other")
+
+
+def _check_shell(arguments):
+    """ValueError for what the shells of other nodes would not take as text: pdsh and ssh hand them the command unquoted."""
+    for argument in arguments:
+        if not re.fullmatch(r"[\w@%+=:,./ -]*", argument):
+            raise ValueError(
+                f"{argument!r}: has a character that the shells of the other nodes would interpret; "
+                "put such values into a --config file, or start every node with --no_ssh"
+            )
 
 
 def _free_port():

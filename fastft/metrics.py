@@ -56,6 +56,7 @@ def check_output_dir(output_dir, *, overwrite, resume):
             events.unlink()
         for state in output_dir.glob("checkpoints/step-*/state.json"):
             shutil.rmtree(state.parent)
+        (output_dir / "checkpoints" / "latest").unlink(missing_ok=True)
 
 
 class Recorder:

@@ -13,7 +13,6 @@ if __name__ == "__main__":  # run as a script: this folder comes first on sys.pa
 
 import dataclasses
 import math
-import os
 import warnings
 
 import torch
@@ -24,10 +23,12 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from fastft import demo
 from fastft.arguments import parse_arguments
-from fastft.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from fastft.checkpoint import TrainState, find_checkpoint, keep_step_size, load_checkpoint, save_checkpoint
 from fastft.data import Collator, StepPlan, eval_batches
+from fastft.durable import share
 from fastft.engine import backward, build_engine, choose_dtype, deepspeed_config, init_ranks, leave
 from fastft.export import save_model
+from fastft.guard import SAVE, STOP, Guard, Stopped, report
 from fastft.metrics import Recorder, check_output_dir
 from fastft.models import load_model, load_tokenizer, patch_model
 from fastft.tasks import get_task
@@ -38,15 +39,16 @@ def train(args):
 
     Raises ValueError, before anything is written, for arguments or data that cannot be used.
     """
-    ranks = init_ranks()
+    ranks = init_ranks(args.ddp_timeout)
     output_dir = Path(args.output_dir)
     checkpoints = output_dir / "checkpoints"
-    checkpoint = find_checkpoint(checkpoints, args.resume_from_checkpoint)
+    checkpoint = find_checkpoint(checkpoints, args.resume_from_checkpoint, verify=args.verify_checkpoint)
     is_demo = args.model_name_or_path is None
     overwrite = args.overwrite_output_dir or (is_demo and (output_dir / "demo").is_dir())
     check_output_dir(output_dir, overwrite=overwrite, resume=args.resume_from_checkpoint is not None)
     if is_demo:
         args = demo_arguments(args, output_dir / "demo", ranks)
+    args = keep_step_size(args, checkpoint, ranks.world_size)
     dtype = choose_dtype(args, ranks.device)
     config = deepspeed_config(args, dtype, ranks.world_size)
 
@@ -75,7 +77,7 @@ def train(args):
     collate = Collator(tokenizer, model.config, packing=packing)
     engine, schedule = build_engine(model, args, config, dtype, total_steps)
     set_seed(args.seed + ranks.rank)
-    state = load_checkpoint(engine, checkpoint) if checkpoint else TrainState()
+    state = load_checkpoint(engine, checkpoint, data=plan.identity()) if checkpoint else TrainState()
     recorder = Recorder(args, ranks, total_steps, state)
     recorder.describe(
         task=task.reason,
@@ -92,44 +94,57 @@ def train(args):
     def evaluate(split, prefix):
         batches = eval_batches(splits[split], collate, args.per_device_eval_batch_size, ranks.rank, ranks.world_size)
         with recorder.pause():
-            metrics = task.evaluate(engine, (to_device(batch, ranks.device) for batch in batches))
+            metrics = task.evaluate(engine, (to_device(batch, ranks.device) for batch in guard.watch(batches)))
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
     def save():
         with recorder.pause():
             recorder.settle()
-            save_checkpoint(engine, checkpoints, state, keep=args.save_total_limit)
+            try:
+                save_checkpoint(engine, checkpoints, state, keep=args.save_total_limit, data=plan.identity())
+            except OSError as error:  # the same on all ranks
+                if args.on_save_error == "stop":
+                    raise
+                recorder.note(f"{error}; the run goes on")
 
     # The loop
     engine.train()
     eval_every = args.eval_steps or plan.steps_per_epoch
     evaluated = None, {}  # the last evaluation: step and metrics
-    if args.eval_on_start and "validation" in splits and state.step == 0:
-        recorder.evaluation(0, evaluate("validation", "eval"))
-    for step in range(state.step, total_steps):
-        indices = plan.indices(step)
-        num_items = train_set.num_items[indices].sum().item() / ranks.world_size  # gradients are averaged over ranks
-        loss = torch.zeros((), device=ranks.device)
-        for micro_batch in plan.micro_batches(step, ranks.rank):
-            examples = train_set.take(micro_batch) or [collate.ignored(train_set[0])]
-            micro_loss = task.loss(engine, to_device(collate(examples), ranks.device), num_items)
-            backward(engine, micro_loss)
-            engine.step()
-            loss += micro_loss.detach()
-        state.step = step + 1
-        recorder.step(loss, engine, schedule, train_set.lengths[indices])
-        count_skipped_steps(engine, state, args, recorder)
+    with Guard(args.ddp_timeout) as guard:
+        if args.eval_on_start and "validation" in splits and state.step == 0:
+            recorder.evaluation(0, evaluate("validation", "eval"))
+        for step in range(state.step, total_steps):
+            indices = plan.indices(step)
+            num_items = train_set.num_items[indices].sum().item() / ranks.world_size  # gradients are averaged
+            losses = []
+            for micro_batch in plan.micro_batches(step, ranks.rank):
+                examples = train_set.take(micro_batch) or [collate.ignored(train_set[0])]
+                micro_loss = task.loss(engine, to_device(collate(examples), ranks.device), num_items)
+                backward(engine, micro_loss)
+                engine.step()
+                losses.append(micro_loss.detach())
+            state.step = step + 1
+            recorder.step(torch.stack(losses).sum(), engine, schedule, train_set.lengths[indices])
+            count_skipped_steps(engine, state, args, recorder, losses, plan.micro_batches(step, ranks.rank), train_set)
 
-        due = args.save_steps and state.step % args.save_steps == 0
-        if state.step % eval_every == 0 and "validation" in splits:
-            evaluated = state.step, evaluate("validation", "eval")
-            recorder.evaluation(*evaluated)
-            due |= is_better(evaluated[1], task, state) and args.load_best_model_at_end
-        if due:
-            save()
-        if args.early_stopping_patience and state.evaluations_without_improvement >= args.early_stopping_patience:
-            recorder.note(f"stopping early: {args.early_stopping_patience} evaluations without improvement")
-            break
+            due = args.save_steps and state.step % args.save_steps == 0
+            if state.step % eval_every == 0 and "validation" in splits:
+                evaluated = state.step, evaluate("validation", "eval")
+                recorder.evaluation(*evaluated)
+                due |= is_better(evaluated[1], task, state) and args.load_best_model_at_end
+            wish = guard.wish()
+            if due or wish:
+                save()
+            if wish == SAVE:
+                recorder.note(f"checkpoint step-{state.step:06d} written, as SIGUSR1 asked")
+            if wish == STOP:
+                raise Stopped(
+                    f"after step {state.step} of {total_steps}; --resume_from_checkpoint auto goes on from there"
+                )
+            if args.early_stopping_patience and state.evaluations_without_improvement >= args.early_stopping_patience:
+                recorder.note(f"stopping early: {args.early_stopping_patience} evaluations without improvement")
+                break
 
     # The end: the best or the last model, its metrics, and everything written
     if args.load_best_model_at_end and state.best_checkpoint and state.best_step != state.step:
@@ -161,20 +176,28 @@ def demo_arguments(args, folder, ranks):
     return dataclasses.replace(args, **demo.overrides(folder, args, ranks.world_size))
 
 
-def count_skipped_steps(engine, state, args, recorder):
+def count_skipped_steps(engine, state, args, recorder, losses, micro_batches, train_set):
     """Tells of a step that NaN or infinite gradients made void, and ends the run after too many in a row.
 
+    losses, micro_batches: this rank's, whose examples are named where the loss was not finite; where it was finite on
+    all ranks the backward pass overflowed, and any example of the step may be the reason.
     fp16 finds its loss scale by overflowing, so there a skipped step is no sign of trouble.
     """
     if engine.was_step_applied():
         state.skipped_steps = 0
         return
     state.skipped_steps += 1
-    recorder.note(f"step {state.step} skipped: NaN or infinite gradients; weights and optimizer are as before")
+    finite = torch.stack(losses).isfinite().tolist()
+    bad = [i for micro_batch, fine in zip(micro_batches, finite, strict=True) if not fine for i in micro_batch]
+    named = [f"rank {r}: {rows}" for r, rows in enumerate(share(train_set.where(bad) if bad else None)) if rows]
+    cause = f"NaN or infinite loss ({'; '.join(named)})" if named else "NaN or infinite gradients of finite losses"
+    recorder.note(f"step {state.step} skipped: {cause}; weights and optimizer are as before")
     if state.skipped_steps >= args.max_skipped_steps and not args.fp16:
+        saved = state.last_checkpoint or "none, --save_steps was 0 or the run too short"
         raise FloatingPointError(
             f"{state.skipped_steps} steps in a row had NaN or infinite gradients, the last is step {state.step}: "
-            "lower --learning_rate, or look at the data of these steps; --max_skipped_steps allows more"
+            "lower --learning_rate, or look at the data of these steps; --max_skipped_steps allows more; "
+            f"last good checkpoint: {saved}"
         )
 
 
@@ -207,17 +230,15 @@ def quiet_libraries():
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|deepspeed")
 
 
-def main(argv=None):
-    args = parse_arguments(argv, prog="fastft train")
+def run(args):
+    """Trains and returns the exit code; what went wrong is said on standard error."""
     quiet_libraries()
     try:
         train(args)
-    except (ValueError, FloatingPointError, OSError) as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # the other ranks of this machine say the same
-            print(f"fastft train: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+    except (Exception, KeyboardInterrupt, Stopped) as error:
+        return report(error)
     return 0
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(run(parse_arguments(prog="fastft train")))

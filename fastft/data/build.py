@@ -13,6 +13,7 @@ import itertools
 import multiprocessing
 import operator
 import os
+import re
 import shutil
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -28,12 +29,13 @@ from huggingface_hub.constants import HF_HOME
 from fastft.data.token_dataset import TokenDataset
 
 CHUNK_ROWS = 512
+_NUMBER = re.compile(r"\d+$")
 LARGE = 64 << 20  # bytes: below, starting processes costs more than it saves, for the tokenizer itself uses all cores
 
 
 @dataclass
 class Encoded:
-    """Tokenised rows. labels: an int32 array per example, or what the label column holds, with `wheres` for errors."""
+    """Tokenised rows. labels: an int32 array per example, or what the label column holds. wheres: of each example."""
 
     input_ids: list[np.ndarray] = field(default_factory=list)
     labels: list = field(default_factory=list)
@@ -41,6 +43,7 @@ class Encoded:
     wheres: list[str] = field(default_factory=list)
     truncated: int = 0
     dropped: int = 0
+    bad: list[str] = field(default_factory=list)  # what was wrong with each row that was left out
 
     def extend(self, other):
         """Appends another chunk's result."""
@@ -48,22 +51,24 @@ class Encoded:
             setattr(self, f.name, operator.iadd(getattr(self, f.name), getattr(other, f.name)))
 
 
-def build(source, encoder, finish, *, limit=None, workers=None, cache_dir=None):
+def build(source, encoder, finish, *, limit=None, workers=None, cache_dir=None, on_bad_row="error"):
     """The TokenDataset of a source's first `limit` rows, from the cache where it holds it.
 
+    on_bad_row: `error`, or `skip` to leave rows out that cannot be used; the report counts them and shows a few.
     finish(encoded) -> (labels array, more entries for the report). The first process of a machine that comes here
     builds, the others wait at a file lock and then load: that needs neither a shared disk nor a process group, whose
     time-outs a long tokenisation would exceed. Raises ValueError for rows that cannot be used, and for a cache folder
     that cannot be written.
     """
-    folder = _cache_root(cache_dir) / _fingerprint(source, encoder, finish, limit)
+    folder = _cache_root(cache_dir) / _fingerprint(source, encoder, finish, (limit, on_bad_row))
     lock = filelock.FileLock(f"{folder}.lock")
     with _cache_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     try:
         if not folder.exists():
-            dataset = _assemble(source, _encode(source, encoder, limit, workers), encoder.max_length, finish)
+            encoded = _encode(source, encoder, finish, limit, workers, skip=on_bad_row == "skip")
+            dataset = _assemble(source, encoded, encoder.max_length, finish)
             with _cache_errors(folder.parent):
                 _publish(dataset, folder)
     finally:
@@ -82,14 +87,45 @@ def _cache_errors(folder):
         ) from error
 
 
-def _encode(source, encoder, limit, workers):
-    chunks = _chunks(source.rows(limit))
+def _encode(source, encoder, finish, limit, workers, skip):
+    encoded = Encoded()
+    if skip:
+        encoder = SkipBadRows(encoder)
+    chunks = _chunks(source.rows(limit, (lambda error: encoded.bad.append(str(error))) if skip else None))
     workers = workers or _default_workers(source.size)
     results = map(encoder, chunks) if workers == 1 else _map_in_processes(encoder, chunks, workers)
-    encoded = Encoded()
     for result in results:
         encoded.extend(result)
+    if skip:
+        _without_bad_labels(encoded, finish)
     return encoded
+
+
+def _without_bad_labels(encoded, finish):
+    """What is left where labels are refused that only mean something beside all the others."""
+    problems = finish.problems(encoded) if hasattr(finish, "problems") else {}
+    for name in ("input_ids", "labels", "token_type_ids", "wheres") if problems else ():
+        values = getattr(encoded, name)
+        setattr(encoded, name, [value for i, value in enumerate(values) if i not in problems])
+    encoded.bad.extend(problems.values())
+
+
+@dataclass(frozen=True)
+class SkipBadRows:
+    """An encoder that leaves out the rows which the given one refuses."""
+
+    encoder: object
+
+    def __call__(self, rows):
+        try:
+            return self.encoder(rows)
+        except ValueError as error:
+            if len(rows) == 1:
+                return Encoded(bad=[str(error)])
+        encoded = Encoded()
+        for row in rows:
+            encoded.extend(self([row]))
+        return encoded
 
 
 def _chunks(rows):
@@ -125,6 +161,10 @@ def _work(chunk):
 
 
 def _assemble(source, encoded, max_length, finish):
+    if not encoded.input_ids and encoded.bad:
+        raise ValueError(
+            f"{source.name}: nothing is left to train on: {len(encoded.bad)} bad rows, of which {encoded.bad[0]}"
+        )
     if not encoded.input_ids:
         raise ValueError(
             f"{source.name}: nothing is left to train on: all {encoded.dropped} examples have no trained token within "
@@ -136,6 +176,7 @@ def _assemble(source, encoded, max_length, finish):
         "input_ids": np.concatenate(encoded.input_ids).astype(np.int32),
         "offsets": np.concatenate([[0], np.cumsum(lengths)]),
         "labels": labels,
+        "rows": np.array([int(_NUMBER.search(where)[0]) for where in encoded.wheres], np.int64),
     }
     if encoded.token_type_ids:
         arrays["token_type_ids"] = np.concatenate(encoded.token_type_ids).astype(np.int8)
@@ -147,6 +188,7 @@ def _assemble(source, encoded, max_length, finish):
         "truncated": encoded.truncated,
         "dropped": encoded.dropped,
         "max_length": max_length,
+        **({"bad_rows": len(encoded.bad), "bad_rows_shown": encoded.bad[:10]} if encoded.bad else {}),
         **more,
     }
     return TokenDataset(arrays, report)

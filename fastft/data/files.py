@@ -1,5 +1,8 @@
 """Files -> rows: JSONL, JSON, CSV, TSV, Parquet and plain text. Every error names the file and the line or row.
 
+A reader goes on after a bad row, which it yields as the ValueError; `Source.rows` raises or counts it. What spoils a
+whole file (a JSON array that does not parse, a damaged Parquet file) is raised at once.
+
 A row is a dict {column: value}; with it comes `where`, the text by which errors name it: `train.jsonl:12` (line 12)
 for files of lines, `train.json, row 12` for JSON arrays, Parquet and hub data. The readers are our own because an
 error must name the line, rows may differ in their keys, and a column may mix types, none of which Arrow's readers
@@ -25,22 +28,38 @@ class Source:
     """Rows that can be read again and again. `size` in bytes; `digest` changes when the content does."""
 
     name: str
-    read: Callable[[], Iterator[tuple[str, dict]]]
+    read: Callable[[], Iterator[tuple[str, dict | ValueError]]]
     digest: Callable[[], str]
     size: int
 
-    def rows(self, limit=None):
-        """(where, row) of the first `limit` rows; ValueError when there is none."""
-        rows = itertools.islice(self.read(), limit)
+    def rows(self, limit=None, on_bad_row=None):
+        """(where, row) of the first `limit` rows; ValueError when there is none, and for a bad row.
+
+        on_bad_row: called with that ValueError instead, and the row is left out.
+        """
+        rows = itertools.islice(self._good(on_bad_row), limit)
         first = next(rows, None)
         if first is None:
             raise ValueError(f"{self.name}: holds no rows")
         yield first
         yield from rows
 
+    def _good(self, on_bad_row):
+        for where, row in self.read():
+            if not isinstance(row, ValueError):
+                yield where, row
+            elif on_bad_row is None:
+                raise row
+            else:
+                on_bad_row(row)
+
     def columns(self):
-        """Names of the columns, those of the first row."""
-        return list(next(self.rows())[1])
+        """Names of the columns, those of the first row that is not bad."""
+        bad = []
+        try:
+            return list(next(self.rows(on_bad_row=bad.append))[1])
+        except ValueError as error:
+            raise (bad[0] if bad else error) from None
 
 
 def open_file(path, argument=None, *, named_columns=(), lines=False):
@@ -85,50 +104,70 @@ def _content_digest(path):
 
 
 def _lines(path):
-    """(number, text with its line end) of each line, split at line feeds only: JSON may hold other line ends."""
+    """(number, text with its line end, or a ValueError) of each line, split at line feeds only: JSON may hold others."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 bad = line[error.start]
-                raise ValueError(
-                    f"{path}:{number}: not UTF-8 (byte 0x{bad:02x} at position {error.start + 1}); "
-                    f"convert the file, for example with `iconv -f latin1 -t utf-8`"
-                ) from None
-            yield number, text
+                yield (
+                    number,
+                    ValueError(
+                        f"{path}:{number}: not UTF-8 (byte 0x{bad:02x} at position {error.start + 1}); "
+                        f"convert the file, for example with `iconv -f latin1 -t utf-8`"
+                    ),
+                )
+
+
+def _text_of(line):
+    if isinstance(line, ValueError):
+        raise line
+    return line
+
+
+def _parse(text, where):
+    """The value of a JSON text; ValueError for what Python's parser refuses in one way or another."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f":{error.lineno}" if where is None else ""
+        raise ValueError(f"{line}: malformed JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ValueError(": malformed JSON: nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f": malformed JSON: {str(error).split(';')[0]}") from None
 
 
 def _object(value, where):
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: must be an object with named columns, not a {type(value).__name__}")
-    return value
+    """The value if it is an object with named columns, or the ValueError that says it is not."""
+    if isinstance(value, dict):
+        return value
+    return ValueError(f"{where}: must be an object with named columns, not a {type(value).__name__}")
 
 
 def _read_jsonl(path):
     for number, line in _lines(path):
-        if not line.strip():
-            continue
         where = f"{path}:{number}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{where}: malformed JSON: {error.msg} at column {error.colno}; each line must be one JSON object"
-            ) from None
-        yield where, _object(value, where)
+        if isinstance(line, ValueError):
+            yield where, line
+        elif line.strip():
+            try:
+                yield where, _object(_parse(line, where), where)
+            except ValueError as error:
+                yield where, ValueError(f"{where}{error}; each line must be one JSON object")
 
 
 def _read_json(path):
     """A JSON array of objects; a file that starts with an object is read as one object per line."""
-    text = "".join(line for _, line in _lines(path))
+    text = "".join(_text_of(line) for _, line in _lines(path))
     if text.lstrip()[:1] == "{":
         yield from _read_jsonl(path)
         return
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: malformed JSON: {error.msg} at column {error.colno}") from None
+        values = _parse(text, None)
+    except ValueError as error:
+        raise ValueError(f"{path}{error}") from None
     if not isinstance(values, list):
         raise ValueError(f"{path}: must hold an array of objects, not a {type(values).__name__}")
     for number, value in enumerate(values, 1):
@@ -150,13 +189,14 @@ def _read_cells(path, named, **dialect):
     first_number, first = next(records, (0, None))
     if first is None:
         return
+    _text_of(first)  # without its header a table cannot be read
     if looks_like_header(first, named):
         names, rest = [cell.strip() for cell in first], records
         if len(set(names)) < len(names):
             raise ValueError(f"{path}:{first_number}: the header names a column twice: {', '.join(names)}")
     else:
         peeked = list(itertools.islice(records, 1000))
-        reason = unlike_a_header(first, [cells for _, cells in peeked])
+        reason = unlike_a_header(first, [cells for _, cells in peeked if not isinstance(cells, ValueError)])
         names = headerless_names(len(first))
         if reason or names is None:
             raise ValueError(
@@ -167,15 +207,27 @@ def _read_cells(path, named, **dialect):
         rest = itertools.chain([(first_number, first)], peeked, records)
     for number, cells in rest:
         where = f"{path}:{number}"
-        if len(cells) != len(names):
-            raise ValueError(f"{where}: has {len(cells)} cells, must have {len(names)} ({', '.join(names)})")
-        yield where, dict(zip(names, cells, strict=True))
+        if isinstance(cells, ValueError):
+            yield where, cells
+        elif len(cells) != len(names):
+            yield where, ValueError(f"{where}: has {len(cells)} cells, must have {len(names)} ({', '.join(names)})")
+        else:
+            yield where, dict(zip(names, cells, strict=True))
 
 
 def _records(path, dialect):
-    """(line where the record starts, cells) of each record that is not blank."""
+    """(line where the record starts, cells or a ValueError) of each record that is not blank."""
     csv.field_size_limit(2**31 - 1)  # the default refuses documents of more than 128 KB
-    reader = csv.reader((line for _, line in _lines(path)), **dialect)
+    undecodable = []
+
+    def lines():
+        for _, line in _lines(path):
+            if isinstance(line, ValueError):
+                undecodable.append(line)
+                line = "\n"
+            yield line
+
+    reader = csv.reader(lines(), **dialect)
     while True:
         number = reader.line_num + 1
         try:
@@ -183,7 +235,10 @@ def _records(path, dialect):
         except StopIteration:
             return
         except csv.Error as error:
-            raise ValueError(f"{path}:{number}: malformed CSV: {error}") from None
+            cells = ValueError(f"{path}:{number}: malformed CSV: {error}")
+        if undecodable:
+            cells = undecodable[0]
+            undecodable.clear()
         if cells:
             yield number, cells
 
@@ -198,14 +253,17 @@ def _read_parquet(path):
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     yield f"{path}, row {next(number)}", row
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from None
+    except (pyarrow.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a Parquet file: {str(error).strip().splitlines()[0]}") from None
 
 
 def _read_text(path, lines):
     """Rows {"text": document}. Documents end at a line `<|endoftext|>`; a file without such lines is one document."""
     document, start = [], 1
     for number, line in _lines(path):
+        if isinstance(line, ValueError):
+            yield f"{path}:{number}", line
+            continue
         ends_document = line.strip() == DOCUMENT_SEPARATOR
         if not ends_document:
             document.append(line)

@@ -18,23 +18,37 @@ class LabelReader:
     problem_type: str | None
     classes: tuple[str, ...] | None
 
+    def problems(self, encoded):
+        """{index: why} of the examples whose labels `__call__` refuses one by one."""
+        if self._problem_type(encoded) == "regression":
+            bad = {i: _score_problem(label) for i, label in enumerate(encoded.labels)}
+        elif self.classes is None:
+            return {}
+        else:
+            known = set(self.classes)
+            names = (str(label).strip() for label in encoded.labels)
+            bad = {i: None if name in known else self._class_problem(name) for i, name in enumerate(names)}
+        return {i: f"{encoded.wheres[i]}: {why}" for i, why in bad.items() if why is not None}
+
+    def _problem_type(self, encoded):
+        return self.problem_type or ("regression" if _are_scores(encoded.labels) else "classification")
+
+    def _class_problem(self, name):
+        more = f" and {len(self.classes) - 20} more" if len(self.classes) > 20 else ""
+        known = f"{', '.join(self.classes[:20])}{more}"
+        return f"label {name!r} does not occur in the training data; must be one of {known}"
+
     def __call__(self, encoded):
-        problem_type = self.problem_type or ("regression" if _are_scores(encoded.labels) else "classification")
-        if problem_type == "regression":
-            scores = [_score(label, where) for label, where in zip(encoded.labels, encoded.wheres, strict=True)]
+        for problem in self.problems(encoded).values():
+            raise ValueError(problem)
+        if self._problem_type(encoded) == "regression":
+            scores = [_number(label) for label in encoded.labels]
             return np.array(scores, np.float32), {"labels": f"scores from {min(scores):g} to {max(scores):g}"}
         names = [str(label).strip() for label in encoded.labels]
         classes = self.classes or _sorted_classes(names)
         if len(classes) < 2:
             raise ValueError(f"{encoded.wheres[0]}: all labels are {classes[0]!r}; there must be two classes or more")
         numbers = {name: number for number, name in enumerate(classes)}
-        for name, where in zip(names, encoded.wheres, strict=True):
-            if name not in numbers:
-                more = f" and {len(classes) - 20} more" if len(classes) > 20 else ""
-                raise ValueError(
-                    f"{where}: label {name!r} does not occur in the training data; must be one of "
-                    f"{', '.join(classes[:20])}{more}"
-                )
         labels = np.array([numbers[name] for name in names], np.int64)
         return labels, {"labels": f"{len(classes)} classes", "classes": list(classes)}
 
@@ -49,11 +63,10 @@ def _are_scores(labels):
     return all(math.isfinite(_number(label)) for label in labels) and not all(map(_is_whole, labels))
 
 
-def _score(label, where):
-    score = _number(label)
-    if not math.isfinite(score):
-        raise ValueError(f"{where}: label {label!r} must be a finite number, as the task is regression")
-    return score
+def _score_problem(label):
+    if math.isfinite(_number(label)):
+        return None
+    return f"label {label!r} must be a finite number, as the task is regression"
 
 
 def _number(label):

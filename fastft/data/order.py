@@ -1,5 +1,6 @@
 """Which examples meet in a step, and which rank computes them."""
 
+import hashlib
 import heapq
 from functools import lru_cache
 
@@ -37,6 +38,15 @@ class StepPlan:
     def micro_batches(self, step, rank):
         """The examples of a rank in a step: `accumulation` int64 arrays, of which some are empty in a short step."""
         return self._slots(step)[rank :: self.world_size]
+
+    def identity(self):
+        """What decides which examples a step meets, in plain values."""
+        return {
+            "examples": len(self.lengths),
+            "lengths": hashlib.sha256(np.ascontiguousarray(self.lengths, np.int64)).hexdigest()[:16],
+            "seed": self.seed,
+            "examples_per_step": self.examples_per_step,
+        }
 
     def padding(self, steps=100):
         """{"tokens_per_micro_batch": mean, "padding_fraction": part of a padded batch that would be padding}, over

@@ -17,7 +17,7 @@ class TokenDataset:
     input_ids int32 [T], offsets int64 [N + 1] (example i is tokens offsets[i] to offsets[i + 1]), labels int32 [T]
     (-100: not trained) or int64 [N] (classes) or float32 [N] (scores), token_type_ids int8 [T] where the tokenizer
     makes them. lengths int32 [N]; num_items int64 [N]: what an example adds to the loss's divisor, its trained tokens
-    after the shift or 1.
+    after the shift or 1. rows int64 [N], where they are known: which line or row of the file an example came from.
     """
 
     def __init__(self, arrays, report):
@@ -43,6 +43,13 @@ class TokenDataset:
         """The examples at `indices`, a list of dicts. Their arrays are views: nothing is copied."""
         return [self[index] for index in indices]
 
+    def where(self, indices):
+        """Names a few examples for a message: by their lines or rows in the file, otherwise by their numbers from 0."""
+        known = "rows" in self.arrays
+        numbers = sorted({int(self.arrays["rows"][i]) if known else int(i) for i in indices})
+        shown = ", ".join(map(str, numbers[:10])) + (f" and {len(numbers) - 10} more" if len(numbers) > 10 else "")
+        return f"{'lines or rows' if known else 'examples'} {shown}"
+
     def _trained_tokens(self):
         trained = self.arrays["labels"] != IGNORED
         trained[self.offsets[:-1]] = False  # nothing predicts an example's first token
@@ -53,10 +60,11 @@ class TokenDataset:
         r = self.report
         trained = f" ({r['trained_tokens']:,} trained)" if "trained_tokens" in r else ""
         labels = f"; {r['labels']}" if "labels" in r else ""
+        bad = f"; {r['bad_rows']:,} bad rows skipped, the first: {r['bad_rows_shown'][0]}" if r.get("bad_rows") else ""
         return (
             f"{r['examples']:,} examples, {r['tokens']:,} tokens{trained}, {r['mean_length']:.1f} on average, "
             f"{r['longest']:,} at most; {r['truncated']:,} truncated to {r['max_length']:,}, {r['dropped']:,} dropped"
-            f"{labels}"
+            f"{bad}{labels}"
         )
 
     def save(self, folder):

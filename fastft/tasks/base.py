@@ -83,6 +83,7 @@ class BaseTask:
                 limit=limits[split],
                 workers=self.args.preprocessing_num_workers,
                 cache_dir=self.args.cache_dir,
+                on_bad_row=self.args.on_bad_row,
             )
             self.learn(datasets[split])
         return datasets

@@ -124,7 +124,9 @@ class Encoder:
         is_text = self.columns.text is not None
         encode = PieceEncoder(self.tokenizer, begins=is_text or not self.tokenizer.chat_template)
         result = Encoded()
-        for ids, labels in encode([example for where, row in rows for example in self._examples(row, where)]):
+        examples = [(where, example) for where, row in rows for example in self._examples(row, where)]
+        encoded = encode([example for _, example in examples])
+        for (where, _), (ids, labels) in zip(examples, encoded, strict=True):
             parts = (blocks if is_text else cut)(ids, labels, self.max_length)
             for part_ids, part_labels in parts:
                 if not count_items(part_labels):
@@ -133,6 +135,7 @@ class Encoder:
                 result.truncated += not is_text and len(part_ids) < len(ids)
                 result.input_ids.append(part_ids)
                 result.labels.append(part_labels)
+                result.wheres.append(where)
         return result
 
     def _examples(self, row, where):

@@ -96,3 +96,38 @@ def sums_file(tmp_path_factory):
     rows = [{"prompt": f"{a}+{a * a}=", "completion": ", ".join([str(a + a * a)] * (1 + a % 7))} for a in range(61)]
     path.write_text("\n".join(map(json.dumps, rows)))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def run_arguments(tiny_llama, sums_file):
+    """run_arguments(folder, (zero_stage, offload), kind, optimizer, **more): 8 steps of 2 ranks, 4 an epoch."""
+
+    def make(folder, layout=(0, "none"), kind="fp32", optimizer="adamw_torch", **more):
+        lora = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.2, "bf16": False}
+        kinds = {"fp32": {"bf16": False}, "bf16": {"bf16": True}, "lora": lora}
+        return {
+            "model_name_or_path": tiny_llama, "train_file": sums_file, "validation_file": sums_file,
+            "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 3e-3,
+            "weight_decay": 0.01, "warmup_steps": 3, "max_steps": 8, "max_eval_samples": 8, "eval_steps": 3,
+            "save_steps": 2, "save_total_limit": 2, "logging_steps": 1, "report_to": ["none"], "output_dir": str(folder),
+            "zero_stage": layout[0], "offload_optimizer": layout[1], "optim": optimizer,
+            "resume_from_checkpoint": "auto", **kinds[kind], **more,
+        }  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_killed():
+    """run_killed(cases, out) -> {case: {"folder", "launches": outcomes of kill_cases.py}}."""
+
+    def run(cases, out):
+        (out / "cases.json").write_text(json.dumps(cases))
+        command = [sys.executable, str(RUN_CASES.with_name("kill_cases.py")), str(out / "cases.json"), str(out)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        launches = {name: json.loads((out / f"{name}.json").read_text()) for name in cases}
+        return {name: {"folder": out / name, "launches": launches[name]} for name in cases}
+
+    return run

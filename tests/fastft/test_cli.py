@@ -1,10 +1,10 @@
 """The `fastft` command up to the point where work begins: help, mistakes, and how the launcher is started."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,14 +16,15 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 # Written twice on purpose: a flag that is added, renamed or dropped changes what people's scripts and recipes mean.
 FLAGS = """
     adam_beta1 adam_beta2 adam_epsilon bf16 cache_dir completion_column completion_only_loss dataset_config_name
-    dataset_name deepspeed early_stopping_patience eval_on_start eval_steps fp16 gradient_accumulation_steps
+    dataset_name ddp_timeout deepspeed early_stopping_patience eval_on_start eval_steps fp16 gradient_accumulation_steps
     gradient_checkpointing kernels label_column label_smoothing_factor learning_rate load_best_model_at_end local_rank
     logging_steps lora_alpha lora_dropout lora_r lora_target_modules lr_scheduler_type max_eval_samples max_grad_norm
     max_length max_skipped_steps max_steps max_train_samples metric_for_best_model model_name_or_path num_train_epochs
-    offload_optimizer optim output_dir overwrite_output_dir packing per_device_eval_batch_size
+    offload_optimizer on_bad_row on_save_error optim output_dir overwrite_output_dir packing per_device_eval_batch_size
     per_device_train_batch_size preprocessing_num_workers problem_type prompt_column report_to resume_from_checkpoint
     run_name save_steps save_total_limit seed task test_file text_column text_pair_column tokenizer_name train_file
-    trust_remote_code use_dora use_peft use_rslora validation_file warmup_ratio warmup_steps weight_decay zero_stage
+    trust_remote_code use_dora use_peft use_rslora validation_file verify_checkpoint warmup_ratio
+    warmup_steps weight_decay zero_stage
 """
 
 
@@ -90,7 +91,7 @@ def test_help_names_every_flag(capsys):
     ],
 )
 def test_a_mistake_gets_one_sentence(capsys, tmp_path, monkeypatch, argv, sentence):
-    monkeypatch.setattr(os, "execve", lambda *command: pytest.fail(f"started {command}"))
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda *command, **how: pytest.fail(f"started {command}"))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("learnin_rate: 1e-3\n")
     code, out, err = run(capsys, *[str(recipe) if arg == "RECIPE" else arg for arg in argv])
@@ -120,7 +121,12 @@ def started(monkeypatch):
 
     def start(*argv):
         calls = []
-        monkeypatch.setattr(os, "execve", lambda path, command, environment: calls.append((command, environment)))
+
+        def popen(command, env, **how):
+            calls.append((command, env))
+            return SimpleNamespace(wait=lambda: 0)
+
+        monkeypatch.setattr(launch.subprocess, "Popen", popen)
         assert cli.main(["train", *argv]) == 0
         return calls[0]
 
@@ -153,6 +159,14 @@ def test_launcher_flags_go_to_the_launcher(started, tmp_path):
     assert flag(command, "--hostfile") == str(hosts) and "--no_ssh" in command and flag(command, "--node_rank") == "1"
     assert "--master_port" not in command and "DS_ACCELERATOR" not in environment
     assert command[-2:] == ["--seed", "1"]
+
+
+def test_other_nodes_get_no_argument_that_their_shell_would_run(capsys, tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node-1 slots=1\nnode-2 slots=1\n")
+    for value in ("$(touch /tmp/x)", "a;b", "it's", "a|b", "`id`", "a\nb", "a&b", "a>b", "*"):
+        code, _, err = run(capsys, "train", "--hostfile", str(hosts), "--run_name", value)
+        assert code == 2 and "shells of the other nodes" in err
 
 
 def test_a_gpu_machine_leaves_the_number_of_ranks_to_deepspeed(started, monkeypatch):

@@ -294,7 +294,12 @@ def test_a_full_disk_while_saving_is_told_and_loses_nothing(tiny_llama, sums_fil
     failed = subprocess.run(["bash", "-c", resumed], capture_output=True, text=True)
     assert failed.returncode == 1
     assert "step-000002 was not written (earlier ones are kept)" in failed.stderr
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["latest", "step-000001"]
+    resumed = subprocess.run(["bash", "-c", f"{resumed} --on_save_error continue"], capture_output=True, text=True)
+    assert (
+        "step-000002 was not written (earlier ones are kept)" in resumed.stdout and "the run goes on" in resumed.stdout
+    )
+    assert "was not saved" in resumed.stderr  # the model at the end does not fit either, and that is an error
     assert (out / "model.safetensors").stat().st_size == size
     AutoModelForCausalLM.from_pretrained(out)
 
