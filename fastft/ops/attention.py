@@ -31,7 +31,13 @@ def _why_not_triton(q, k, v, scale):
     return _KERNELS["triton"].why_not(q.device, q.shape[-1])
 
 
-_KERNELS = dispatch.register("attention", triton=_why_not_triton)
+def _why_not_cpp(q, k, v, scale):
+    if q.dtype == torch.float64:
+        return "it computes float32, bfloat16 and float16, and q is torch.float64"
+    return None
+
+
+_KERNELS = dispatch.register("attention", triton=_why_not_triton, cpp=_why_not_cpp)
 
 
 def _reference(q, k, v, scale, left, right, softcap, cu_seqlens_q, cu_seqlens_k, key_lengths, dropout_p, seed, lse):

@@ -140,6 +140,11 @@ def _why_not_served(op, inner):
         return None
     device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
     like = torch.empty(inner.config.hidden_size, dtype=inner.dtype, device=device)
+    if op == "attention":
+        heads = inner.config.num_attention_heads
+        size = getattr(inner.config, "head_dim", None) or like.numel() // heads
+        q = like.new_empty(1, 1, heads, size)
+        return dispatch.why_not(op, name, q, q, q, 1.0)
     return dispatch.why_not(op, name, like, like)
 
 

@@ -115,12 +115,16 @@ def test_unknown_backend(use):
 
 @pytest.mark.parametrize("op", fastft.ops.__all__)
 def test_every_op_has_its_parts(op):
-    """A function that stays one when its submodule is imported, a reference of the same name, and tests of its kernels."""
-    for _ in range(2):
-        assert inspect.isfunction(getattr(fastft.ops, op))
-        importlib.import_module(f"fastft.ops.{op}")
-    assert callable(getattr(importlib.import_module(f"fastft_kernels.reference.{op}"), op))
-    assert (ROOT / "tests" / "kernels" / f"test_{op}.py").is_file()
+    """A function that stays one when its submodule is imported, tests, and for what has kernels a reference."""
+    function = getattr(fastft.ops, op)
+    assert inspect.isfunction(function)
+    file = function.__module__.rpartition(".")[2]
+    importlib.import_module(f"fastft.ops.{file}")
+    assert inspect.isfunction(getattr(fastft.ops, op))
+    if file in dispatch._predicates:
+        importlib.import_module(f"fastft_kernels.reference.{file}")
+    tests = [*(ROOT / "tests" / "kernels").glob("test_*.py"), *(ROOT / "tests" / "fastft").glob("test_ops_*.py")]
+    assert any(f"{op}(" in path.read_text() for path in tests)
 
 
 @pytest.mark.parametrize("op", dispatch._predicates)
@@ -130,7 +134,9 @@ def test_kernels_of_an_op_share_signatures(op):
         for name in dispatch._predicates[op]
         if dispatch.unavailable(name) is None
     ]
-    # layers have forward and backward; a step of an optimizer is one function, named like its reference
-    names = ("forward", "backward") if not any(hasattr(module, op) for module in modules) else (op,)
-    for function in names:
-        assert len({str(inspect.signature(getattr(module, function))) for module in modules}) <= 1
+    public = lambda module: {name for name, f in inspect.getmembers(module, inspect.isfunction) if name[0] != "_"}
+    own = lambda module: {name for name in public(module) if getattr(module, name).__module__ == module.__name__}
+    shared = set.intersection(*map(own, modules)) if modules else set()
+    assert shared or len(modules) < 2
+    for function in shared:
+        assert len({str(inspect.signature(getattr(module, function))) for module in modules}) == 1

@@ -28,6 +28,7 @@ PARTS = {
     256: (256, 0),
 }
 
+# ruff: noqa: E501 - a table
 # fmt: off
 # (kernel, architecture, kind) -> {columns up to: (BLOCK_M, BLOCK_N, warps, stages)}. Kinds: bfloat16 and float16 as `half`,
 # as `special` with a left window, softcap or dropout; float32 as `float`. Tiles whose rows are fewer than 64 stay without

@@ -38,7 +38,7 @@ def results(model, batch):
 
 
 def assert_close(actual, expected):
-    scale = max(x.abs().max() for x in expected[1:]) / 100
+    scale = max(x.abs().max() for x in expected[1:]) / 30  # the gradient of a key's bias is 0 but for rounding
     for x, y in zip(actual, expected, strict=True):
         assert x.shape == y.shape and (x - y).abs().max() <= 1e-5 * max(y.abs().max(), scale)
 
