@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 import fastft
 from fastft.patching import attention, why_not
 from fastft.patching.families import FAMILIES
+from fastft_kernels.cpp import extension
 
 DECODERS = [name for name, family in FAMILIES.items() if family.decoder]
 
@@ -257,18 +258,22 @@ def test_report(tiny, capsys):
 
 
 def test_a_backend_that_was_asked_for(tiny, examples):
-    """Roles without such a kernel stay transformers' own; the model runs, on padded batches."""
-    model = tiny("llama")
+    """Roles that it does not serve stay transformers' own; the model runs, on padded batches."""
+    model = tiny("llama").double()
     batch = padded(model, examples)
     expected = results(model, batch)
-    with fastft.backend("triton"):
+    with fastft.backend("cpp"):
         report = fastft.patch(model, verbose=False)
-    assert report.kept["attention"] == "attention has no triton kernel"
-    assert report.packing == "attention is kept: attention has no triton kernel"
+    if extension.missing is None:
+        assert "q is torch.float64" in report.kept["attention"] and "x is torch.float64" in report.kept["norm"]
+    assert report.packing == f"attention is kept: {report.kept['attention']}"
     assert model.config._attn_implementation == "sdpa"
     assert_close(results(model, batch), expected)
-    with fastft.backend("triton"), pytest.raises(fastft.BackendError, match="attention has no triton kernel"):
-        other = tiny("llama")
+    with (
+        fastft.backend("cpp"),
+        pytest.raises(fastft.BackendError, match="backend 'cpp' was asked for but cannot serve"),
+    ):
+        other = tiny("llama").double()
         with fastft.backend("reference"):
             fastft.patch(other, verbose=False)
         other(**batch)
