@@ -5,9 +5,10 @@ layers of an architecture play which. Forwards are bound to single layers, so pa
 what they are; saving, PEFT, gradient checkpointing and ZeRO-3 see no difference.
 
     attention   self-attention, padded or packed, as attn_implementation="fastft"    attention.py
-    norm        RMSNorm                                                              layers.py
+    norm        RMSNorm, LayerNorm, and BERT's with dropout and residual in front    layers.py
     dropout     nn.Dropout, with fewer random draws                                  layers.py
     lora        PEFT's lora.Linear, and MLPs of three such                           lora.py
+    mlp         the gated activation of an MLP                                       layers.py
     linear      nn.Linear in half precision, on a CPU without instructions for it    layers.py
     loss        of a causal language model in training, from hidden states           loss.py
     pooling     classification of each sequence of a packed row                      packing.py
@@ -107,9 +108,10 @@ def _patch(model, inner):
     replaced, kept = {}, {}
     for role, op, replace in (
         ("attention", "attention", _replace_attention),
-        ("norm", "rms_norm", _replace_norms),
+        ("norm", "layer_norm" if family_of(inner.config).norm_offset is None else "rms_norm", _replace_norms),
         ("dropout", "dropout", _replace_dropouts),
         ("lora", "lora", _replace_lora),
+        ("mlp", "gated_activation", _replace_mlps),
         ("linear", None, _replace_linears),
     ):
         reason = getattr(family_of(inner.config), f"keeps_{role}", None) or _why_not_served(op, inner)
@@ -128,8 +130,6 @@ def _patch(model, inner):
     pooled = _replace_pooling(inner) if packs is None else 0
     if pooled:
         replaced["pooling"] = pooled
-    if family_of(inner.config).norm_offset is None:
-        kept["norm"] = "LayerNorm has no kernel yet"
     return _Patch(PatchReport(type(inner).__name__, replaced, kept, packs, lora.kept(inner)), previous)
 
 
@@ -161,8 +161,29 @@ def _replace_attention(model, inner):
 
 def _replace_norms(model, inner):
     offset = family_of(inner.config).norm_offset
-    norm = None if offset is None else layer_class(inner.config, "RMSNorm")
+    if offset is None:
+        _bind(_add_and_norm_blocks(inner), layers.add_and_norm)
+        norms = [m for m in inner.modules() if type(m) is nn.LayerNorm and len(m.normalized_shape) == 1]
+        return _bind([m for m in norms if m.elementwise_affine], layers.layer_norm)
+    norm = layer_class(inner.config, "RMSNorm")
     return _bind([m for m in inner.modules() if type(m) is norm], layers.gemma_norm if offset else layers.rms_norm)
+
+
+def _add_and_norm_blocks(inner):
+    """The modules of BERT and its kin that end a block: dense, dropout, LayerNorm."""
+    if family_of(inner.config).layers != "encoder.layer":
+        return []
+    ends = {layer_class(inner.config, "SelfOutput"), layer_class(inner.config, "Output")}
+    return [m for m in inner.modules() if type(m) in ends and type(m.dropout) is nn.Dropout]
+
+
+def _replace_mlps(model, inner):
+    config = inner.config
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    forward = {"silu": layers.swiglu_mlp, "gelu_pytorch_tanh": layers.geglu_mlp}.get(activation)
+    MLP = layer_class(config, "MLP")
+    gated = lambda m: type(m) is MLP and hasattr(m, "gate_proj") and "forward" not in m.__dict__
+    return _bind([m for m in inner.modules() if gated(m)] if MLP and forward else [], forward)
 
 
 def _replace_dropouts(model, inner):

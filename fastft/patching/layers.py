@@ -1,4 +1,4 @@
-"""Roles `norm`, `dropout` and `linear`: forwards that are bound to single layers in place of their class's own."""
+"""Roles `norm`, `dropout`, `mlp` and `linear`: forwards that are bound to single layers in place of their class's own."""
 
 from fastft import ops
 
@@ -9,6 +9,28 @@ def rms_norm(self, hidden_states):
 
 def gemma_norm(self, hidden_states):
     return ops.rms_norm(hidden_states, self.weight, self.eps, offset=1.0)
+
+
+def layer_norm(self, input):
+    return ops.layer_norm(input, self.weight, self.bias, self.eps)
+
+
+def add_and_norm(self, hidden_states, input_tensor):
+    """The end of a BERT block, LayerNorm(input + dropout(dense(hidden))), behind its product in one pass."""
+    norm, p = self.LayerNorm, self.dropout.p if self.training else 0.0
+    hidden_states = self.dense(hidden_states)
+    if hidden_states.dtype != input_tensor.dtype or p >= 1:  # autocast
+        return norm(self.dropout(hidden_states) + input_tensor)
+    y, _ = ops.layer_norm(hidden_states, norm.weight, norm.bias, norm.eps, residual=input_tensor, dropout_p=p)
+    return y
+
+
+def swiglu_mlp(self, x):
+    return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def geglu_mlp(self, x):
+    return self.down_proj(ops.geglu(self.gate_proj(x), self.up_proj(x), approximate="tanh"))
 
 
 def dropout(self, input):

@@ -248,11 +248,11 @@ def test_half_precision_on_a_cpu_without_it(tiny, examples, monkeypatch):
 def test_report(tiny, capsys):
     model = tiny("distilbert", "ForSequenceClassification", dropout=0.1)
     report = fastft.patch(model)
-    assert report.replaced == {"attention": 2, "dropout": 3, "pooling": 1}
-    assert report.kept == {"norm": "LayerNorm has no kernel yet"} and report.packing is None
+    assert report.replaced == {"attention": 2, "norm": 5, "dropout": 3, "pooling": 1}
+    assert not report.kept and report.packing is None
     assert json.loads(json.dumps(report.as_dict())) == report.as_dict()
-    text = "fastft patched DistilBertForSequenceClassification: attention (2), dropout (3), pooling (1)\n"
-    text += "  kept norm: LayerNorm has no kernel yet\n  packed rows: yes"
+    text = "fastft patched DistilBertForSequenceClassification: attention (2), norm (5), dropout (3), pooling (1)\n"
+    text += "  packed rows: yes"
     assert str(report) == text and capsys.readouterr().out == text + "\n"
     assert fastft.patch(model, verbose=False) is report and capsys.readouterr().out == ""
 
@@ -307,7 +307,7 @@ def test_distances_within_a_row_keep_the_attention(family, tiny, examples):
     model = tiny(family)
     report = fastft.patch(model, verbose=False)
     assert "distance of two tokens" in report.kept["attention"] and report.packing.startswith("attention is kept")
-    assert ("norm" in report.replaced) == (family == "t5") and model.config._attn_implementation != attention.NAME
+    assert "norm" in report.replaced and model.config._attn_implementation != attention.NAME
 
 
 def test_decoders_that_are_not_causal_are_refused(tiny):
