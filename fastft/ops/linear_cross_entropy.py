@@ -359,7 +359,7 @@ def _share(rows, targets, ignore_index, num_items):
     if num_items is None:
         return (targets != ignore_index).sum().clamp(min=1).to(like["dtype"]).reciprocal()
     if isinstance(num_items, Tensor):
-        return num_items.reshape(()).to(**like).reciprocal()
+        return num_items.reshape(()).to(**like, non_blocking=True).reciprocal()
     return torch.full((), 1 / num_items, **like)
 
 
