@@ -240,11 +240,11 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, bias, labels, _, *ctx.options, dhidden, dweight, dbias, ctx.backend = inputs
+    hidden, weight, bias, labels, scale, *ctx.options, dhidden, dweight, dbias, ctx.backend = inputs
     loss, *others = output
     # Computed already: only what was asked for. To be computed by the backward pass: what it takes.
     ctx.computed = dhidden or dweight or dbias
-    ctx.save_for_backward(*(output[4:] if ctx.computed else (hidden, weight, labels, bias)))
+    ctx.save_for_backward(*((*output[4:], scale) if ctx.computed else (hidden, weight, labels, bias)))
     ctx.head_dtypes = weight.dtype, None if bias is None else bias.dtype
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
@@ -257,8 +257,9 @@ def _gradients(ctx, compute, dloss):
         return nothing
     needs = ctx.needs_input_grad[:3]
     if ctx.computed:
-        # All rows have the same incoming gradient: `loss` was summed.
-        by, saved = dloss[0] if len(dloss) else 0.0, ctx.saved_tensors
+        # All rows have the same incoming gradient, for `loss` was summed, and the same scale, which is in there too.
+        *saved, scale = ctx.saved_tensors
+        by = dloss.new_zeros(()) if len(dloss) == 0 else dloss[0] if scale is None else dloss[0] / scale[0]
     else:
         hidden, weight, labels, bias = ctx.saved_tensors
         saved = compute(hidden, weight, bias, labels, dloss.contiguous(), *ctx.options, *needs, ctx.backend)[4:]
@@ -337,16 +338,29 @@ def linear_cross_entropy(
     trained = [summed and torch.is_grad_enabled() and t is not None and t.requires_grad for t in (rows, weight, bias)]
     run = _compute_op if torch.compiler.is_compiling() else _LinearCrossEntropy.apply
     options = ignore_index, float(label_smoothing), None if softcap is None else float(softcap), float(z_loss)
-    loss, log_probs, entropy, correct, *_ = run(rows, weight, bias, targets, None, *options, *trained, backend)
+    share = scale = None
+    if reduction == "mean":
+        share = _share(rows, targets, ignore_index, num_items)
+        # In the logits' gradient it costs no rounding of its own, but in float16 the gradient would vanish.
+        scale = None if rows.dtype == torch.float16 else share.expand(len(rows))
+    loss, log_probs, entropy, correct, *_ = run(rows, weight, bias, targets, scale, *options, *trained, backend)
     if summed:
-        loss = loss.sum()
-        if reduction == "mean":
-            loss = loss / ((targets != ignore_index).sum().clamp(min=1) if num_items is None else num_items)
+        loss = loss.sum() if share is None else loss.sum() * share
     else:
         loss = loss.view(labels.shape)
     if not return_stats:
         return loss
     return loss, LossStats(*(t.view(labels.shape) for t in (log_probs, correct, entropy)))
+
+
+def _share(rows, targets, ignore_index, num_items):
+    """What a row counts for in a mean: a tensor, made without waiting for the device."""
+    like = {"dtype": torch.promote_types(rows.dtype, torch.float32), "device": rows.device}
+    if num_items is None:
+        return (targets != ignore_index).sum().clamp(min=1).to(like["dtype"]).reciprocal()
+    if isinstance(num_items, Tensor):
+        return num_items.reshape(()).to(**like, non_blocking=True).reciprocal()
+    return torch.full((), 1 / num_items, **like)
 
 
 def cast(*tensors):
@@ -409,6 +423,8 @@ def _check(hidden, weight, labels, ignore_index, label_smoothing, softcap, z_los
         raise ValueError(f"{op}: z_loss is {z_loss}; it must not be negative")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"{op}: num_items is what a mean is divided by; with reduction={reduction!r} leave it out")
+    if isinstance(num_items, (int, float)) and not num_items > 0:
+        raise ValueError(f"{op}: num_items is {num_items}; it must be positive")
     if isinstance(num_items, Tensor) and num_items.numel() != 1:
         raise ValueError(f"{op}: num_items is {list(num_items.shape)}; it must be a number or a tensor of one element")
     check_labels(op, hidden, labels, ignore_index, len(weight))

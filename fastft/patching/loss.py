@@ -84,25 +84,19 @@ def _fused(
         # Where no row is left the head is entered all the same: under ZeRO-3 all ranks gather its weight together.
         index = kept.index().to(hidden.device)
         hidden, targets = hidden.index_select(0, index), targets[index]
+    if num_items_in_batch is None and kept is not None and not len(targets):
+        warnings.warn(f"every label is {ignore_index}, ignored: the loss is 0, and so are its gradients", stacklevel=2)
     settings = {
         "labels": targets,
         "label_smoothing": label_smoothing,
         "softcap": getattr(self.config, "final_logit_softcapping", None),
-        "reduction": "sum",
+        "num_items": num_items_in_batch,
         "ignore_index": ignore_index,
         "return_stats": True,
     }
     loss, stats = self.get_output_embeddings()(hidden, fused=settings)
-    if num_items_in_batch is None:
-        if kept is not None and not len(targets):
-            warnings.warn(
-                f"every label is {ignore_index}, ignored: the loss is 0, and so are its gradients", stacklevel=2
-            )
-        num_items_in_batch = (targets != ignore_index).sum().clamp(min=1)
-    elif isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(loss.device)
     return FusedLossOutput(
-        loss=loss / num_items_in_batch,
+        loss=loss,
         past_key_values=outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,

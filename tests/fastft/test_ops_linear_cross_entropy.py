@@ -70,7 +70,8 @@ def test_loss_and_gradients(backend, device, no_worse, dtype, reduction, options
     *leaves, labels = inputs(device, dtype)
     wide = [t.detach().double().requires_grad_() for t in leaves]
     loss = linear_cross_entropy(*leaves[:2], labels, bias=leaves[2], reduction=reduction, **options)
-    dloss = torch.randn(loss.shape, device=device)
+    # A power of two, as in training; what else multiplies a sum's finished gradient costs one more rounding.
+    dloss = torch.randn(loss.shape, device=device) if reduction == "none" else torch.tensor(2.0, device=device)
     ours = differentiate(loss, leaves, dloss)
     exact = differentiate(plain(*wide, labels, reduction, **options), wide, dloss)
     eager = differentiate(plain(*leaves, labels, reduction, **options), leaves, dloss)
@@ -139,7 +140,15 @@ def test_statistics(backend, device):
 def test_num_items(items):
     hidden, weight, _, labels = inputs()
     total = linear_cross_entropy(hidden, weight, labels, reduction="sum")
-    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, num_items=items), total / items)
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, num_items=items), (total / items).view(()))
+
+
+def test_incoming_gradient():
+    *leaves, labels = inputs(dtype=torch.bfloat16)
+    loss = linear_cross_entropy(*leaves[:2], labels, bias=leaves[2])
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    for three, one in zip(torch.autograd.grad(loss, leaves, torch.tensor(-3.0)), once, strict=True):
+        torch.testing.assert_close(three.float(), -3 * one.float(), rtol=2**-7, atol=0)
 
 
 def test_frozen_head_costs_no_gradient(monkeypatch):
@@ -235,6 +244,7 @@ def test_layer():
         (lambda a: a.update(softcap=0.0), "softcap is 0.0; it must be positive"),
         (lambda a: a.update(z_loss=-1.0), "z_loss is -1.0; it must not be negative"),
         (lambda a: a.update(reduction="sum", num_items=3), "num_items is what a mean is divided by"),
+        (lambda a: a.update(num_items=0), "num_items is 0; it must be positive"),
         (lambda a: a.update(num_items=torch.ones(2)), r"num_items is \[2\]; it must be a number or a tensor of one"),
     ],
 )
