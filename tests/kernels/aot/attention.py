@@ -1,8 +1,8 @@
 """Every entry of the tables of block sizes, with all that its kind may switch on: where registers are tightest."""
 
 POINTERS = ("q_ptr", "k_ptr", "v_ptr", "o_ptr", "do_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
-UNEVEN = {("half", 64): (48,), ("special", 64): (48,), ("half", 128): (112,)}
-"""head dimensions that share an entry, but have two parts or columns to mask"""
+UNEVEN = {("half", 64): (48,), ("special", 64): (48,)}
+"""head dimensions that share an entry, but have two parts"""
 FLOATS = ("factor", "inner", "kept", "scale")
 
 
