@@ -290,6 +290,7 @@ def test_autocast():
     assert torch.equal(out, attention(*(x.bfloat16() for x in (q, k, v)), causal=True))
 
 
+@fastft.backend("reference")
 def test_layers_share_one_plan():
     inputs, sequences = packed_inputs(LENGTHS["ragged"], (2, 2, 16), torch.float32)
     _segments._plan.cache_clear()

@@ -1,16 +1,16 @@
 """Every entry of the tables of block sizes, with all that its kind may switch on: where registers are tightest."""
 
 POINTERS = ("q_ptr", "k_ptr", "v_ptr", "o_ptr", "do_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
-UNEVEN = {("half", 64): (48,), ("special", 64): (48,), ("half", 128): (112,), ("float", 256): (192,)}
-"""head dimensions that share an entry, but have two parts or columns to mask"""
+UNEVEN = {("half", 64): (48,), ("special", 64): (48,)}
+"""head dimensions that share an entry, but have two parts"""
 FLOATS = ("factor", "inner", "kept", "scale")
 
 
 def variants():
-    from fastft_kernels.triton._attention_config import BLOCKS
+    from fastft_kernels.triton._attention_config import BLOCKS, SIZES
 
-    for (kernel, arch, kind), sizes in BLOCKS.items():
-        for D, blocks in sizes.items():
+    for (kernel, arch, kind), row in BLOCKS.items():
+        for D, blocks in zip(SIZES[kernel], row, strict=True):
             for size in (D, *UNEVEN.get((kind, D), ())):
                 yield variant(kernel, arch, kind, size, *blocks)
 
