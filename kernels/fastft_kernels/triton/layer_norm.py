@@ -31,7 +31,6 @@ CONFIG = {
     2048: (1, 4),
     4096: (1, 8),
     8192: (1, 16),
-    16384: (1, 32),
 }
 MAX_COLS = max(CONFIG)
 MAX_TRAINED_COLS = 8192
