@@ -124,6 +124,7 @@ def start(launch, rank, port, log):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **launch.get("environment", {})}
     os.dup2(log, 1), os.dup2(log, 2)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     if "hook" in launch:
         name, *arguments = launch["hook"]
         {f.__name__: f for f in (kill_in_backward, kill_in_evaluation, in_backward, kill_after, drop)}[name](*arguments)
