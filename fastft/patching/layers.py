@@ -1,5 +1,7 @@
 """Roles `norm`, `dropout`, `mlp` and `linear`: forwards that are bound to single layers in place of their class's own."""
 
+from torch import nn
+
 from fastft import ops
 
 
@@ -17,9 +19,10 @@ def layer_norm(self, input):
 
 def add_and_norm(self, hidden_states, input_tensor):
     """The end of a BERT block, LayerNorm(input + dropout(dense(hidden))), behind its product in one pass."""
-    norm, p = self.LayerNorm, self.dropout.p if self.training else 0.0
+    norm, p = self.LayerNorm, self.dropout.p if self.dropout.training else 0.0
     hidden_states = self.dense(hidden_states)
-    if hidden_states.dtype != input_tensor.dtype or p >= 1:  # autocast
+    # PEFT may have put a layer of its own around the norm; under autocast the dtypes differ.
+    if type(norm) is not nn.LayerNorm or hidden_states.dtype != input_tensor.dtype or p >= 1:
         return norm(self.dropout(hidden_states) + input_tensor)
     y, _ = ops.layer_norm(hidden_states, norm.weight, norm.bias, norm.eps, residual=input_tensor, dropout_p=p)
     return y
