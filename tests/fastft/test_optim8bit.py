@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -226,8 +227,9 @@ def test_hugging_face_trainer_uses_it(tmp_path):
         save_strategy="no",
         disable_tqdm=True,
     )
-    trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
-    trainer.train()
+    with mock.patch.dict(os.environ):  # Accelerate leaves RANK behind, without an address
+        trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+        trainer.train()
     assert getattr(trainer.optimizer, "optimizer", trainer.optimizer) is optimizer
     assert optimizer.state[model.weight]["step"] == 3 and "exp_avg_codes" in optimizer.state[model.weight]
 
