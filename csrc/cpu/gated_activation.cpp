@@ -32,18 +32,23 @@ struct Gelu {
   }
 };
 
-// (1 + tanh(u)) / 2 is the logistic function of 2 u, which is one exponential and exact for large -u.
+// (1 + tanh(u)) / 2 is the logistic function s of 2 u. The derivative multiplies 1 - s by up to g^3, so both s and 1 - s
+// come from exp(-|2 u|), without a difference.
 struct GeluTanh {
   static constexpr float kScale = 1.59576912f;  // 2 sqrt(2 / pi)
 
-  static FASTFT_INLINE float weight(float g) { return sigmoid_of(kScale * (g + 0.044715f * g * g * g)); }
+  static FASTFT_INLINE float twice_u(float g) { return kScale * (g + 0.044715f * g * g * g); }
 
-  static FASTFT_INLINE float value(float g) { return g * weight(g); }
+  static FASTFT_INLINE float value(float g) { return g * sigmoid_of(twice_u(g)); }
 
   static FASTFT_INLINE void both(float g, float& value, float& slope) {
-    const float s = weight(g);
+    const float u = twice_u(g);
+    const float e = exp_of(u < 0.0f ? u : -u);
+    const float large = 1.0f / (1.0f + e);
+    const float small = e * large;
+    const float s = u < 0.0f ? small : large;
     value = g * s;
-    slope = s + g * (s * (1.0f - s)) * (kScale * (1.0f + 0.134145f * g * g));
+    slope = s + g * (large * small) * (kScale * (1.0f + 0.134145f * g * g));
   }
 };
 
