@@ -115,6 +115,7 @@ def _patch(model, inner):
         ("linear", None, _replace_linears),
     ):
         reason = getattr(family_of(inner.config), f"keeps_{role}", None) or _why_not_served(op, inner)
+        reason = reason or (_why_not_faster(inner) if role == "mlp" else None)
         count = replace(model, inner) if reason is None else 0
         if count:
             replaced[role] = count
@@ -148,6 +149,18 @@ def _why_not_served(op, inner):
     return dispatch.why_not(op, name, like, like)
 
 
+def _why_not_faster(inner):
+    """Why an MLP keeps its own activation where nobody asked for a backend: measured, benchmarks/test_gated_activation.py."""
+    on_cpu = next(inner.parameters()).device.type == "cpu"
+    if on_cpu and dispatch.requested() == "auto" and _activation(inner.config) == "silu":
+        return "on a CPU PyTorch's SiLU and product are faster than the kernel"
+    return None
+
+
+def _activation(config):
+    return getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+
+
 def _replace_attention(model, inner):
     config = copy.deepcopy(inner.config)  # other models may have been built from the same object
     for module in [m for m in model.modules() if m.__dict__.get("config") is inner.config]:
@@ -179,8 +192,7 @@ def _add_and_norm_blocks(inner):
 
 def _replace_mlps(model, inner):
     config = inner.config
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    forward = {"silu": layers.swiglu_mlp, "gelu_pytorch_tanh": layers.geglu_mlp}.get(activation)
+    forward = {"silu": layers.swiglu_mlp, "gelu_pytorch_tanh": layers.geglu_mlp}.get(_activation(config))
     MLP = layer_class(config, "MLP")
     gated = lambda m: type(m) is MLP and hasattr(m, "gate_proj") and "forward" not in m.__dict__
     return _bind([m for m in inner.modules() if gated(m)] if MLP and forward else [], forward)

@@ -286,6 +286,19 @@ def test_half_precision_on_a_cpu_without_it(tiny, examples, monkeypatch):
     assert "linear" not in fastft.patch(tiny("llama"), verbose=False).replaced
 
 
+@pytest.mark.skipif(extension.missing is not None, reason=str(extension.missing))
+def test_gated_mlps(tiny, examples):
+    """SwiGLU on a CPU is replaced only where its kernel was asked for, for PyTorch's is faster; Gemma's GEGLU always."""
+    assert "faster" in fastft.patch(tiny("llama"), verbose=False).kept["mlp"]
+    for family, name in (("llama", "cpp"), ("gemma2", "auto")):
+        model = tiny(family)
+        batch = padded(model, examples)
+        expected = results(model, batch)
+        with fastft.backend(name):
+            assert fastft.patch(model, verbose=False).replaced["mlp"] == 2
+            assert_close(results(model, batch), expected)
+
+
 def test_report(tiny, capsys):
     model = tiny("distilbert", "ForSequenceClassification", dropout=0.1)
     report = fastft.patch(model)
