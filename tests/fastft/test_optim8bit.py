@@ -207,6 +207,7 @@ def test_bitsandbytes_is_named_where_it_is_missing(monkeypatch):
         choose_optimizer(args, deepspeed_config(args, torch.bfloat16, 2), torch.bfloat16)
 
 
+@mock.patch.dict(os.environ)  # Accelerate leaves RANK behind, without an address
 def test_hugging_face_trainer_uses_it(tmp_path):
     """Passed as the optimizer it is what Trainer and Accelerate run, wrapped but not replaced."""
     from transformers import Trainer, TrainingArguments
@@ -227,9 +228,8 @@ def test_hugging_face_trainer_uses_it(tmp_path):
         save_strategy="no",
         disable_tqdm=True,
     )
-    with mock.patch.dict(os.environ):  # Accelerate leaves RANK behind, without an address
-        trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
-        trainer.train()
+    trainer = Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+    trainer.train()
     assert getattr(trainer.optimizer, "optimizer", trainer.optimizer) is optimizer
     assert optimizer.state[model.weight]["step"] == 3 and "exp_avg_codes" in optimizer.state[model.weight]
 
