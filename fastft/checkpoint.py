@@ -436,8 +436,9 @@ def _digest(content):
 def _read_manifest(folder):
     """The manifest of a checkpoint; ValueError where there is none, or not the one that was written."""
     try:
-        manifest = json.loads((Path(folder) / MANIFEST).read_bytes())
-        whole = manifest.pop("sha256") == _digest(manifest)
+        text = (Path(folder) / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        whole = text.endswith("}\n") and manifest.pop("sha256") == _digest(manifest)
     except FileNotFoundError:
         raise ValueError(f"no complete checkpoint, {MANIFEST} is missing") from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):

@@ -1,14 +1,15 @@
 """The records of a run: its folder, progress, metrics.jsonl, run.json, all_results.json and the loss curve."""
 
+import collections
 import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
 import json
 import math
-import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 import fastft
-from fastft.durable import rank, together, write_json
+from fastft.durable import rank, together, write_json, write_text
 from fastft.sinks import Screen, TensorBoard, WeightsAndBiases, draw_losses
 
 WARM_UP = 3  # steps that do not count for the throughput: allocators, caches and compilers settle in them
@@ -225,6 +226,12 @@ class Recorder:
         }
         self._recent = _Throughput()
         if self.ranks.first:
+            if is_spike(line["loss"], self._logged):
+                usual = statistics.median(self._logged)
+                self.note(
+                    f"step {self.state.step}: loss {line['loss']:.4f} is a spike, it was about {usual:.4f} before"
+                )
+            self._logged.append(line["loss"])
             self._write(self.state.step, line)
             left = (self.total_steps - self.state.step) * self._timed.seconds / max(1, self._timed.steps)
             self._screen.show(self.state.step, line, left)
@@ -248,9 +255,8 @@ class Recorder:
         path = self.output_dir / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _history(path) if line["step"] <= self.state.step] if self.state.step else []
-        temporary = path.with_name(".metrics.jsonl.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        self._logged = collections.deque((line["loss"] for line in kept if line.get("loss") is not None), maxlen=50)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         return open(path, "a", encoding="utf-8", buffering=1)
 
     def _summary(self, run, splits, plan, model, patch):
@@ -292,6 +298,16 @@ class _Throughput:
 
     def per_second(self, count):
         return count / self.seconds if self.seconds else 0.0
+
+
+def is_spike(loss, before):
+    """Whether a loss stands out above the last logged ones: twice their median, and ten times further than they differ."""
+    before = [value for value in before if math.isfinite(value)]
+    if len(before) < 10 or not math.isfinite(loss):
+        return False
+    median = statistics.median(before)
+    spread = statistics.median(abs(value - median) for value in before)
+    return loss > 2 * median and loss > median + 10 * spread
 
 
 def check_report_to(names):
@@ -345,11 +361,16 @@ def _synchronize(device):
 
 
 def _history(path):
-    """The lines of a metrics.jsonl, without a last one that a crash cut short."""
+    """The lines of a metrics.jsonl, up to one that a crash cut short."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    history = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            history.append(json.loads(line))
+        except ValueError:
+            break
+    return history
 
 
 def _batches(run):

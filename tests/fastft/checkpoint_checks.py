@@ -50,12 +50,13 @@ def model(seed, dtype, lora, hidden=32):
     return get_peft_model(base, adapter, autocast_adapter_dtype=False)
 
 
-def engine(stage, precision, lora, *, seed=0, hidden=32):
+def engine(stage, precision, lora, *, seed=0, hidden=32, optim="adamw_torch"):
     """A fresh engine. Its own weights come from `seed`; a base model under LoRA comes from the folder `lora`."""
     args = Arguments(
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         zero_stage=stage,
+        optim=optim,
         bf16=precision == "bf16",
         learning_rate=1e-2,
         weight_decay=0.1,
@@ -212,6 +213,50 @@ def other_layout(out, precision, lora, stages):
     assert sorted(path.name for path in out.iterdir())[0] == "latest", list(out.iterdir())
 
 
+def nothing_moves(out, stage, precision, optim):
+    """A NaN on one rank: weights, moments, master weights and schedule are as before, bit for bit."""
+    built = engine(stage, precision, None, optim=optim)
+    train(built, 0, 2)
+    before = contents(save_checkpoint(built, out, TrainState(step=2)))
+    for micro in range(2):
+        loss = built(**batch(2, micro, dist.get_rank())).loss * (float("nan") if dist.get_rank() == 1 else 1.0)
+        backward(built, loss / 2)
+        built.step()
+    assert not built.was_step_applied()
+    after = contents(save_checkpoint(built, out, TrainState(step=3)))
+    assert before.keys() == after.keys() and len(before) > 30
+    moved = {name.split(".")[-1] for name in before if not same(before[name], after[name])}
+    assert moved <= {"skipped_steps", "global_steps", "global_samples", "overflow"}, moved
+    train(built, 3, 4)
+    moved = contents(save_checkpoint(built, out, TrainState(step=4)))
+    assert not all(same(before[name], moved[name]) for name in before), "nothing moves it at all"
+
+
+def contents(path):
+    """{where: value} of everything in DeepSpeed's files."""
+    found = {}
+
+    def walk(name, value):
+        if isinstance(value, dict):
+            for key, part in value.items():
+                walk(f"{name}.{key}" if name else str(key), part)
+        elif isinstance(value, (list, tuple)):
+            for i, part in enumerate(value):
+                walk(f"{name}.{i}", part)
+        elif isinstance(value, (torch.Tensor, int, float, str)):
+            found[name] = value
+
+    for file in sorted((path / "deepspeed").iterdir()):
+        content = checkpoint.load_shard(file, "cpu")
+        walk("" if "module" in content else file.stem, content)
+    dist.barrier()
+    return found
+
+
+def same(left, right):
+    return torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
 def full_disk(out, stage, full_rank):
     """One rank cannot write: all ranks raise, nothing is left of it, and the checkpoint before it is still there."""
     built = engine(stage, "bf16", None)
@@ -302,6 +347,10 @@ for precision, lora in (("fp32", False), ("bf16", False), ("fp32", True)):
     CHECKS[f"other stage, {kind}"] = partial(
         other_layout, precision=precision, lora=lora, stages=(1, 3, 2, 0, 3, 1, 0, 2)
     )
+for stage, precision, optim in ((0, "bf16", "adamw_8bit"), (1, "bf16", "adamw_torch"), (2, "fp32", "adamw_torch"),
+                                (3, "bf16", "adamw_8bit"), (0, "fp32", "adamw_torch"), (3, "fp32", "adamw_torch")):  # fmt: skip
+    kind = f"NaN, stage {stage}, {precision}, {optim}"
+    CHECKS[kind] = partial(nothing_moves, stage=stage, precision=precision, optim=optim)
 CHECKS |= {
     "refusals": refusals,
     "another base model": other_base_is_refused,

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +20,8 @@ CHECKS = [
     *(f"stage {stage}{kind}" for stage in range(4) for kind in ("", ", LoRA")),
     *(f"resume without {part}" for part in ("random streams", "optimizer", "schedule")),
     *(f"other stage, {kind}" for kind in ("fp32", "bf16", "fp32, LoRA")),
+    *("NaN, stage 0, bf16, adamw_8bit", "NaN, stage 1, bf16, adamw_torch", "NaN, stage 2, fp32, adamw_torch"),
+    *("NaN, stage 3, bf16, adamw_8bit", "NaN, stage 0, fp32, adamw_torch", "NaN, stage 3, fp32, adamw_torch"),
     *("refusals", "another base model", "rotation"),
     *("disk full on rank 0", "disk full on rank 1", "disk full during export"),
     *("separate disks, stage 0", "separate disks, stage 3"),
@@ -146,3 +149,98 @@ def test_errors_name_what_failed():
         {}["x"]
     with pytest.raises(ValueError, match="^what a user reads$"), together("saving"):
         raise ValueError("what a user reads")
+
+
+# Damage: every file of a checkpoint, in every way, is refused by name, and the checkpoint before it is used
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory, tiny_llama, sums_file):
+    from fastft.arguments import Arguments
+    from fastft.train import train
+
+    out = tmp_path_factory.mktemp("damage")
+    files = {"model_name_or_path": tiny_llama, "train_file": sums_file, "output_dir": str(out), "report_to": ["none"]}
+    train(Arguments(**files, max_steps=2, save_steps=1, zero_stage=2, bf16=True))
+    return out / "checkpoints"
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, empty, Path.unlink], ids=lambda f: f.__name__)
+def test_damage_is_named_and_the_checkpoint_before_is_used(two_checkpoints, tmp_path, capsys, damage):
+    good, last = two_checkpoints / "step-000001", two_checkpoints / "step-000002"
+    names = sorted(path.relative_to(last) for path in last.rglob("*") if path.is_file())
+    assert len(names) == 5, names
+    for name in names:
+        copy = tmp_path / name.name
+        shutil.copytree(two_checkpoints, copy)
+        assert find_checkpoint(copy, "auto", verify="full") == copy / last.name
+        damage(copy / last.name / name)
+        assert find_checkpoint(copy, "auto", verify="full") == copy / good.name
+        assert f"{copy / last.name} cannot be used and is skipped: " in (told := capsys.readouterr().err)
+        assert str(name) in told
+        with pytest.raises(ValueError, match=rf"^--resume_from_checkpoint .*: .*{name.name}"):
+            find_checkpoint(copy, str(copy / last.name), verify="full")
+        if damage is not flip or (last / name).stat().st_size <= checkpoint.SMALL:
+            assert find_checkpoint(copy, "auto") == copy / good.name
+        capsys.readouterr()
+
+
+def test_rotation_spares_the_last_good_one_and_the_best(two_checkpoints, tmp_path):
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(two_checkpoints, copy)
+    for step in (3, 4):
+        shutil.copytree(copy / "step-000002", copy / f"step-00000{step}")
+        empty(copy / f"step-00000{step}" / "state.json")
+    checkpoint._rotate(copy / "step-000002", 1, best_step=1)
+    assert sorted(path.name for path in copy.iterdir()) == ["latest", "step-000001", "step-000002"]
+
+
+def test_all_broken_starts_anew_and_says_so(two_checkpoints, tmp_path, capsys):
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(two_checkpoints, copy)
+    for path in copy.glob("step-*/manifest.json"):
+        empty(path)
+    assert find_checkpoint(copy, "auto") is None
+    assert "the run starts from the beginning" in capsys.readouterr().err
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("bomb-went-off",)
+
+
+def test_no_pickle_of_a_checkpoint_is_executed(two_checkpoints, tmp_path, monkeypatch, tiny_llama, sums_file):
+    """Even where the attacker wrote a manifest that fits."""
+    from fastft.arguments import Arguments
+    from fastft.train import train
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(two_checkpoints.parent, tmp_path / "out")
+    step = tmp_path / "out" / "checkpoints" / "step-000002"
+    shard = next(step.rglob("*optim_states.pt"))
+    torch.save({"optimizer_state_dict": Bomb()}, shard)
+    manifest = json.loads((step / "manifest.json").read_text())
+    del manifest["sha256"]
+    name = shard.relative_to(step).as_posix()
+    manifest["files"][name] = {"bytes": shard.stat().st_size, "sha256": checkpoint.file_sha256(shard)}
+    write_json(step / "manifest.json", {**manifest, "sha256": checkpoint._digest(manifest)})
+    files = {"model_name_or_path": tiny_llama, "train_file": sums_file, "output_dir": "out", "report_to": ["none"]}
+    with pytest.raises(ValueError, match="holds what is no training state"):
+        train(Arguments(**files, max_steps=2, zero_stage=2, bf16=True, resume_from_checkpoint="auto"))
+    assert not (tmp_path / "bomb-went-off").exists()
+    torch.load(shard, weights_only=False)
+    assert (tmp_path / "bomb-went-off").exists(), "the bomb is a dud"

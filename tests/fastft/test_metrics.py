@@ -271,3 +271,13 @@ def test_overwriting_removes_records_and_nothing_else(tmp_path):
     assert all((tmp_path / name).exists() for name in ours + kept)
     check_output_dir(tmp_path, overwrite=True, resume=False)
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept)
+
+
+def test_a_loss_spike_is_one_only_where_the_losses_before_agree():
+    from fastft.metrics import is_spike
+
+    steady = [1.0 + 0.01 * (i % 5) for i in range(20)]
+    assert is_spike(3.0, steady) and not is_spike(1.2, steady)
+    assert not is_spike(3.0, steady[:9]) and not is_spike(float("nan"), steady)
+    assert not is_spike(3.0, [0.5, 1.5] * 10)
+    assert is_spike(3.0, [*steady, float("nan")])

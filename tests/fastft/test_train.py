@@ -1,6 +1,7 @@
 """One rank, end to end: what a run leaves behind, both families, evaluation and best model, and input that cannot be used."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -184,13 +185,26 @@ def test_resume_on_one_rank_is_bit_exact_with_dropout(run, tiny_bert, colours, t
     assert [line["loss"] for line in lines(folder)] == whole and len(whole) == 9
 
 
-def test_too_many_skipped_steps_end_the_run(run, tiny_llama, sums_file, monkeypatch):
+def test_too_many_skipped_steps_end_the_run(run, tiny_llama, sums_file, monkeypatch, capsys):
+    """From step 3 on; the message tells the last good checkpoint, the notes the rows whose loss was not finite."""
     from fastft.tasks.causal_lm import Task
 
-    whole = Task.loss
-    monkeypatch.setattr(Task, "loss", lambda *a: whole(*a) * float("inf"))
-    with pytest.raises(FloatingPointError, match="3 steps in a row had NaN or infinite gradients, the last is step 3"):
-        run(model_name_or_path=tiny_llama, train_file=sums_file, max_steps=9, max_skipped_steps=3)
+    whole, calls = Task.loss, [0]
+
+    def loss(*args):
+        calls[0] += 1
+        return whole(*args) * (float("inf") if calls[0] > 2 else 1.0)
+
+    monkeypatch.setattr(Task, "loss", loss)
+    sentence = (
+        "3 steps in a row had NaN or infinite gradients, the last is step 5: .*last good checkpoint: .*step-000004"
+    )
+    with pytest.raises(FloatingPointError, match=sentence):
+        run(model_name_or_path=tiny_llama, train_file=sums_file, max_steps=9, max_skipped_steps=3, save_steps=2)
+    told = [
+        line for line in capsys.readouterr().out.splitlines() if "skipped: NaN or infinite loss (rank 0: lines" in line
+    ]
+    assert len(told) == 3 and len(re.findall(r"\d+", told[0].split("lines or rows")[1])) == 8
 
 
 # Bad input: one sentence, and nothing written or lost
