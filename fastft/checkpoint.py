@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import random
 import shutil
 import uuid
@@ -42,7 +41,8 @@ from fastft.durable import (
     write_hashed,
     write_json,
     write_text,
-)  # fmt: skip
+)
+from fastft.shards import load_shard
 
 FORMAT = 2
 SHARDS = "deepspeed"
@@ -182,7 +182,6 @@ def load_checkpoint(engine, path, *, data=None, weights_only=False):
             engine,
             path / SHARDS,
             temporary,
-            load_shard=load_shard,
             saved_stage=content["zero_stage"],
             order=content["order"],
         )
@@ -554,24 +553,6 @@ class _ShardIO:
 
     def load(self, path, map_location=None):
         return load_shard(path, map_location)
-
-
-def load_shard(path, map_location=None):
-    """The content of one of DeepSpeed's files. Raises ValueError for a pickle that holds more than state."""
-    with torch.serialization.safe_globals(_harmless()):
-        try:
-            return torch.load(path, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{path}: holds what is no training state, and is not loaded: {error}") from None
-
-
-def _harmless():
-    """Classes in DeepSpeed's shards that hold numbers, and do nothing when they are built."""
-    from deepspeed.runtime.fp16 import loss_scaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [ZeroStageEnum, fragment_address, loss_scaler.LossScaler, loss_scaler.DynamicLossScaler]
 
 
 @contextlib.contextmanager

@@ -139,6 +139,7 @@ def _add_model_and_file(parser):
     parser.add_argument("--model", required=True, metavar="DIR", help="folder of a trained model or adapter")
     parser.add_argument("--file", required=True, metavar="FILE", help="JSONL, JSON, CSV, TSV, Parquet or text file")
     parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="rows at a time (default: 16)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     group = parser.add_argument_group("instead of what the model was trained with")
     fields = {f.name: f for f in dataclasses.fields(Arguments)}
     for name in RETOLD:
@@ -147,4 +148,5 @@ def _add_model_and_file(parser):
 
 
 def _retold(args):
-    return {name: getattr(args, name) for name in RETOLD if getattr(args, name) is not None}
+    retold = {name: getattr(args, name) for name in RETOLD if getattr(args, name) is not None}
+    return {**retold, "trust_remote_code": True} if args.trust_remote_code else retold

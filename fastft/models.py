@@ -1,6 +1,7 @@
 """Models and tokenizers: from a folder, a hub name or a configuration, to train or to use."""
 
 import json
+import pickle
 from pathlib import Path
 
 import torch
@@ -12,6 +13,12 @@ from fastft.arguments import Arguments
 from fastft.ops import dispatch
 from fastft.tasks import get_task
 
+# What a model's run.json may say about its use. The rest of it, paths and trust_remote_code above all, is not believed.
+INHERITED = (
+    "task", "text_column", "text_pair_column", "label_column", "prompt_column", "completion_column", "problem_type",
+    "max_length", "completion_only_loss", "kernels", "metric_for_best_model",
+)  # fmt: skip
+HEAD = ("num_labels", "id2label", "label2id", "problem_type")  # the same of its model_kwargs
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
 
@@ -48,7 +55,7 @@ def load_model(args, task, tokenizer, dtype, *, from_scratch=False):
         else:
             _check_weights(name)
             model = task.auto_model.from_pretrained(name, dtype=dtype, ignore_mismatched_sizes=True, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
         if isinstance(error, ValueError) and str(error).startswith("--"):
             raise
         raise ValueError(
@@ -111,12 +118,13 @@ def patch_model(model, args):
 def load_for_inference(folder, dtype=torch.float32, **overrides):
     """(model, tokenizer, task) from a folder that fastft or transformers wrote: a model, or a PEFT adapter over its base.
 
-    The model is patched, in evaluation mode, on the GPU where there is one. `overrides` replace arguments of the run.
+    The model is patched, in evaluation mode, on the GPU where there is one. `overrides` replace arguments of the run;
+    Python code in the folder is run only where `trust_remote_code` is among them.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"--model {folder}: no such folder")
-    run = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
+    run = _read_run(folder)
     is_adapter = (folder / "adapter_config.json").exists()
     if is_adapter:
         adapter = json.loads((folder / "adapter_config.json").read_text())
@@ -126,21 +134,25 @@ def load_for_inference(folder, dtype=torch.float32, **overrides):
         raise ValueError(f"--model {folder}: neither config.json nor adapter_config.json in it, so it holds no model")
     else:
         base = str(folder)
-    known = {k: v for k, v in run.get("arguments", {}).items() if k in Arguments.__dataclass_fields__}
-    dropped = {"train_file": None, "validation_file": None, "test_file": None, "dataset_name": None, "bf16": None}
-    args = Arguments(**{**known, **dropped, "model_name_or_path": base, "tokenizer_name": str(folder), **overrides})
+    known = {k: v for k, v in run.get("arguments", {}).items() if k in INHERITED}
+    args = Arguments(**{**known, "model_name_or_path": base, "tokenizer_name": str(folder), **overrides})
     if args.task is None:
         args.task = "sequence_classification" if _is_classifier(base) else "causal_lm"
     task = get_task(args)
     _check_weights(base)
-    kwargs = run.get("model_kwargs", {})
+    kwargs = {k: v for k, v in run.get("model_kwargs", {}).items() if k in HEAD}
     if "id2label" in kwargs:  # JSON has made its keys strings
         kwargs["id2label"] = {int(i): label for i, label in kwargs["id2label"].items()}
-    model = task.auto_model.from_pretrained(base, dtype=dtype, **kwargs)
-    if is_adapter:
-        from peft import PeftModel
+    try:
+        model = task.auto_model.from_pretrained(base, dtype=dtype, trust_remote_code=args.trust_remote_code, **kwargs)
+        if is_adapter:
+            from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(folder))
+            model = PeftModel.from_pretrained(model, str(folder))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"--model {folder}: its weights are a pickle that would run code: {_first_line(error)}"
+        ) from None
     tokenizer = load_tokenizer(args)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -148,6 +160,20 @@ def load_for_inference(folder, dtype=torch.float32, **overrides):
     patch_model(model, args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), tokenizer, task
+
+
+def _read_run(folder):
+    """run.json of a model's folder, {} where there is none."""
+    path = folder / "run.json"
+    if not path.exists():
+        return {}
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(part, dict) for part in (run, run.get("arguments", {}), run.get("model_kwargs", {}))):
+            raise ValueError("must hold objects")
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise ValueError(f"--model {folder}: its run.json is damaged: {error}") from None
+    return run
 
 
 def _is_classifier(path):

@@ -13,30 +13,31 @@ import torch
 
 from fastft.durable import rank, together
 from fastft.optim.universal import to_universal, widen_state
+from fastft.shards import executing_nothing, load_shard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 REPLICATED = "mp_rank_00_model_states.pt"
 
 
 @torch.no_grad()
-def load_converted(engine, shards, folder, *, load_shard, saved_stage, order):
+def load_converted(engine, shards, folder, *, saved_stage, order):
     """Puts weights, optimizer and schedule of another layout into `engine`. Every rank calls it.
 
     shards: the folder with DeepSpeed's files, all of them on a disk that every rank sees. folder: where the converted
-    ones may lie meanwhile. load_shard: reads a file without executing it. order: names of the parameters as the
+    ones may lie meanwhile. order: names of the parameters as the
     optimizer of a stage 0 run numbered them.
 
     Raises ValueError where the optimizer's moments cannot be carried over exactly: 8-bit ones under the dynamic code map.
     """
     hyperparameters = [{k: v for k, v in g.items() if k != "params"} for g in engine.basic_optimizer.param_groups]
-    with _reading_with(load_shard), contextlib.redirect_stdout(io.StringIO()):
+    with executing_nothing(), contextlib.redirect_stdout(io.StringIO()):
         try:
             with together(f"{shards} could not be converted"):
                 if rank() == 0:
-                    _convert(shards, folder, load_shard, saved_stage, order)
+                    _convert(shards, folder, saved_stage, order)
             if engine.zero_optimization_stage() == 0:
                 with together(f"{shards} could not be loaded"):
-                    _load_replicated(engine, folder, load_shard)
+                    _load_replicated(engine, folder)
             else:
                 with _universal(engine):
                     engine.load_checkpoint(str(folder.parent), tag=folder.name)
@@ -52,7 +53,7 @@ def load_converted(engine, shards, folder, *, load_shard, saved_stage, order):
         group.update({**kept, "lr": rate})
 
 
-def _convert(shards, folder, load_shard, saved_stage, order):
+def _convert(shards, folder, saved_stage, order):
     if saved_stage == 0:
         content = load_shard(shards / REPLICATED, "cpu")
         optimizer, module = content.pop("optimizer"), content.pop("module")
@@ -69,7 +70,7 @@ def _convert(shards, folder, load_shard, saved_stage, order):
         to_universal(shards, folder)
         (folder.parent / "latest_universal").unlink()
         common = load_shard(folder / "zero" / "optimizer_state.pt", "cpu")
-        step = int(next(_steps(folder, common, load_shard)))
+        step = int(next(_steps(folder, common)))
         content = load_shard(sorted(folder.glob("*model_states.pt"))[0], "cpu")
         content.pop("module")
         optimizer = {"param_groups": common["param_groups"]}
@@ -97,7 +98,7 @@ def _write(folder, name, tensors):
         torch.save({"param": tensor.clone()}, path / f"{key}.pt")
 
 
-def _steps(folder, common, load_shard):
+def _steps(folder, common):
     for file in (folder / "zero").rglob("step.pt"):  # stages 1 and 2
         yield torch.as_tensor(load_shard(file, "cpu"))
     for state in common["optimizer_state_dict"]["state"].values():  # stage 3
@@ -108,7 +109,7 @@ def _tensor(saved):
     return saved["param"] if isinstance(saved, dict) else saved
 
 
-def _load_replicated(engine, folder, load_shard):
+def _load_replicated(engine, folder):
     optimizer, names = engine.basic_optimizer, {p: name for name, p in engine.module.named_parameters()}
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         path = folder / "zero" / names[p]
@@ -129,22 +130,3 @@ def _universal(engine):
         yield
     finally:
         engine._config.load_universal_checkpoint = False
-
-
-@contextlib.contextmanager
-def _reading_with(load_shard):
-    """DeepSpeed's converter calls torch.load(weights_only=False) in a dozen places: none of them shall."""
-    whole = torch.load
-
-    def load(file, map_location=None, **options):
-        torch.load = whole  # which load_shard calls
-        try:
-            return load_shard(file, map_location)
-        finally:
-            torch.load = load
-
-    torch.load = load
-    try:
-        yield
-    finally:
-        torch.load = whole

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from fastft.ops import adamw as ops
+from fastft.shards import executing_nothing, load_shard
 
 
 def to_universal(shards, universal):
     """Writes the universal checkpoint of DeepSpeed's shards (`step-000100/deepspeed`), for ZeRO stages 1 to 3.
 
-    The shards are unpickled: only convert what you trust. Raises ValueError where there is nothing to convert, or
+    Nothing of the shards is executed, though they are pickles. Raises ValueError where there is nothing to convert, or
     where a universal checkpoint cannot be exact.
     """
     shards, universal = Path(shards), Path(universal)
@@ -36,7 +37,7 @@ def to_universal(shards, universal):
     with tempfile.TemporaryDirectory(dir=universal.parent, prefix=f".{universal.name}.") as folder:
         for file in shards.iterdir():
             if file in files:
-                torch.save(_widened(torch.load(file, map_location="cpu", weights_only=False)), Path(folder) / file.name)
+                torch.save(_widened(load_shard(file, "cpu")), Path(folder) / file.name)
             else:
                 os.symlink(file.resolve(), Path(folder) / file.name)
         arguments = argparse.Namespace(
@@ -49,7 +50,7 @@ def to_universal(shards, universal):
             inject_missing_state=True,
         )
         try:
-            with contextlib.redirect_stdout(io.StringIO()):
+            with executing_nothing(), contextlib.redirect_stdout(io.StringIO()):
                 ds_to_universal.main(arguments)
         except BaseException:
             shutil.rmtree(universal, ignore_errors=True)

@@ -24,6 +24,7 @@ from fastft.arguments import Arguments
 from fastft.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
 from fastft.engine import backward, build_engine, deepspeed_config, init_ranks, leave
 from fastft.export import save_model
+from fastft.shards import load_shard
 
 STEPS = 3
 
@@ -247,7 +248,7 @@ def contents(path):
             found[name] = value
 
     for file in sorted((path / "deepspeed").iterdir()):
-        content = checkpoint.load_shard(file, "cpu")
+        content = load_shard(file, "cpu")
         walk("" if "module" in content else file.stem, content)
     dist.barrier()
     return found
