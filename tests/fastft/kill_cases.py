@@ -10,7 +10,6 @@ A hook is [name, *arguments], called in every rank before training: see the func
 
 import json
 import os
-import random
 import signal
 import socket
 import sys
@@ -81,11 +80,11 @@ def hang():
     time.sleep(1000)
 
 
-def kill_after(rank, least, most, seed):
-    """SIGKILL at a random instant."""
-    if int(os.environ["RANK"]) == rank:
+def kill_after(ranks, seconds):
+    """SIGKILL so long after the start, wherever that is."""
+    if int(os.environ["RANK"]) in ranks:
         signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        signal.setitimer(signal.ITIMER_REAL, random.Random(seed).uniform(least, most))
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def drop(what):
@@ -136,14 +135,17 @@ def run(launch):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     log = os.memfd_create("log")
+    sys.stdout.flush()  # or each rank would print it again
     alive = {start(launch, rank, port, log): rank for rank in range(launch.get("ranks", 2))}
     codes, ends = [None] * len(alive), []
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + launch.get("patience", 120)
     while alive:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             codes[alive.pop(pid)] = os.waitstatus_to_exitcode(status)
             ends.append(time.monotonic())
+            if codes != [0] * len(codes):  # as the launcher does: ranks that still wait for a first connection
+                deadline = min(deadline, ends[0] + launch.get("grace", 20))
         elif time.monotonic() > deadline:
             for pid in alive:
                 os.kill(pid, signal.SIGKILL)
