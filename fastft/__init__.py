@@ -1,6 +1,7 @@
 """fastft: fused kernels, packed batches and DeepSpeed ZeRO for fine-tuning transformers.
 
     fastft.patch(model), fastft.unpatch(model)    swap a transformers/PEFT model's layers, reversibly, with a report
+    fastft.attention_map(model, inputs, ...)      what one head attends to in one sample, as numbers and as a picture
     fastft.backend(name)                          context manager: auto, reference, triton or cpp
     fastft.ops.<op>                               the ops as functions
     fastft.nn.<Layer>                             the ops as drop-in layers
@@ -17,6 +18,7 @@ _SUBMODULES = ("nn", "ops", "optim")
 _FUNCTIONS = {
     "patch": "fastft.patching",
     "unpatch": "fastft.patching",
+    "attention_map": "fastft.patching.attention_map",
     "backend": "fastft.ops.dispatch",
     "set_backend": "fastft.ops.dispatch",
     "BackendError": "fastft.ops.dispatch",
