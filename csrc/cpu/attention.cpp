@@ -62,6 +62,35 @@ struct Sequence {
   FASTFT_INLINE int64_t high(int64_t query, int64_t right) const { return std::min(end, query + offset + right + 1); }
 };
 
+// Which of the `cols` scores of a row of a tile are seen: from ... to - 1.
+struct Seen {
+  int from, to;
+  bool all;
+
+  FASTFT_INLINE Seen(const Problem& p, const Sequence& sequence, int64_t query, int64_t key, int64_t cols) {
+    from = static_cast<int>(std::max<int64_t>(sequence.low(query, p.shape.left) - key, 0));
+    to = static_cast<int>(std::min<int64_t>(sequence.high(query, p.shape.right) - key, cols));
+    all = from == 0 && to == cols;
+  }
+};
+
+// exp(x) for x <= 0; below -87 it stays at 1e-38, which is nothing beside the largest of a softmax, 1.
+FASTFT_INLINE float exp_below(float x) {
+  constexpr float kShift = 12582912.0f;
+  const float clamped = x < -87.0f ? -87.0f : x;
+  const float shifted = clamped * 1.44269504f + kShift;
+  const float n = shifted - kShift;
+  const float r = clamped - n * 0.693359375f - n * -2.12194440e-4f;
+  float p = 1.3981999507e-3f + r * 1.9875691500e-4f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * float_of((bits_of(shifted) - bits_of(kShift) + 127u) << 23);
+}
+
 struct Unit {
   int64_t sequence, head_k, begin, end;  // begin, end: queries
 };
@@ -182,12 +211,9 @@ struct Forward {
           Tile<W>::template multiply<false, false>(n, padded, D, q + at_row * width, width, kt, kKeys, scores, kKeys);
           if (s.threshold)
             keep.draw(p, sequence.random_row + static_cast<uint32_t>(query), n, key, keys, sequence.random_head + head);
-          for (int64_t r = 0; r < n; ++r) {
-            const int64_t from_key = sequence.low(query + r, s.left) - key, to_key = sequence.high(query + r, s.right) - key;
-            float* x = scores + r * kKeys;
-            add_to_softmax(x, from_key, to_key, padded, top[at_row + r], total[at_row + r], o + (at_row + r) * width, width);
-            if (s.threshold) keep.apply(r, keys, 1.0f, x);
-          }
+          softmax(sequence, query, key, n, padded, scores, top + at_row, total + at_row, o + at_row * width, width);
+          if (s.threshold)
+            for (int64_t r = 0; r < n; ++r) keep.apply(r, keys, 1.0f, scores + r * kKeys);
           Tile<W>::template multiply<false, true>(n, width, keys, scores, kKeys, v, width, o + at_row * width, width);
         }
       }
@@ -207,36 +233,61 @@ struct Forward {
   }
 
   // Scores become exp(score - the largest so far), 0 where they are not seen; what was summed before is rescaled.
-  FASTFT_INLINE void add_to_softmax(float* x, int64_t low, int64_t high, int64_t cols, float& top, float& total,
-                                    float* o, int64_t width) const {
-    const int n = static_cast<int>(cols), from = static_cast<int>(std::max<int64_t>(low, 0));
-    const int to = static_cast<int>(std::min<int64_t>(high, cols));
+  FASTFT_INLINE void softmax(const Sequence& sequence, int64_t query, int64_t key, int64_t rows, int64_t cols, float* x,
+                             float* top, float* total, float* o, int64_t width) const {
+    float higher[kRows], shrink[kRows], pivot[kRows];
     if (p.softcap != 0.0f) {
       const float cap = p.softcap, inverse = 1.0f / cap;
+      for (int64_t r = 0; r < rows; ++r) {
 #pragma omp simd
-      for (int j = 0; j < n; ++j) x[j] = cap * tanh_of(x[j] * inverse);
+        for (int64_t j = 0; j < cols; ++j) x[r * kKeys + j] = cap * tanh_of(x[r * kKeys + j] * inverse);
+      }
     }
-    float higher = top;
-#pragma omp simd reduction(max : higher)
-    for (int j = 0; j < n; ++j) {
-      const float seen = (j >= from) & (j < to) ? x[j] : -kInfinity;
-      higher = seen > higher ? seen : higher;
+    for (int64_t r = 0; r < rows; ++r)
+      higher[r] = largest(x + r * kKeys, Seen(p, sequence, query + r, key, cols), static_cast<int>(cols), top[r]);
+    // For all rows at once: one by one, each exponential would wait for the maximum before it.
+#pragma omp simd
+    for (int64_t r = 0; r < rows; ++r) {
+      pivot[r] = higher[r] == -kInfinity ? 0.0f : higher[r];
+      shrink[r] = exp_of(top[r] - pivot[r]);
+      total[r] *= shrink[r];
+      top[r] = higher[r];
     }
-    const float pivot = higher == -kInfinity ? 0.0f : higher;
+    for (int64_t r = 0; r < rows; ++r) {
+      const Seen seen(p, sequence, query + r, key, cols);
+      if (total[r] != 0.0f && shrink[r] != 1.0f) {
+        float* row = o + r * width;
+#pragma omp simd
+        for (int64_t j = 0; j < width; ++j) row[j] *= shrink[r];
+      }
+      total[r] += exponentials(x + r * kKeys, seen, static_cast<int>(cols), pivot[r]);
+    }
+  }
+
+  FASTFT_INLINE static float largest(const float* x, const Seen& seen, int cols, float top) {
+    if (seen.all) {
+#pragma omp simd reduction(max : top)
+      for (int j = 0; j < cols; ++j) top = x[j] > top ? x[j] : top;
+    } else {
+#pragma omp simd reduction(max : top)
+      for (int j = 0; j < cols; ++j) {
+        const float value = (j >= seen.from) & (j < seen.to) ? x[j] : -kInfinity;
+        top = value > top ? value : top;
+      }
+    }
+    return top;
+  }
+
+  FASTFT_INLINE static float exponentials(float* x, const Seen& seen, int cols, float pivot) {
     float sum = 0.0f;
+    if (seen.all) {
 #pragma omp simd reduction(+ : sum)
-    for (int j = 0; j < n; ++j) {
-      const float e = (j >= from) & (j < to) ? exp_of(x[j] - pivot) : 0.0f;
-      x[j] = e;
-      sum += e;
+      for (int j = 0; j < cols; ++j) sum += x[j] = exp_below(x[j] - pivot);
+    } else {
+#pragma omp simd reduction(+ : sum)
+      for (int j = 0; j < cols; ++j) sum += x[j] = (j >= seen.from) & (j < seen.to) ? exp_below(x[j] - pivot) : 0.0f;
     }
-    const float shrink = exp_of(top - pivot);
-    if (total != 0.0f && shrink != 1.0f) {
-#pragma omp simd
-      for (int64_t j = 0; j < width; ++j) o[j] *= shrink;
-    }
-    total = total * shrink + sum;
-    top = higher;
+    return sum;
   }
 };
 
@@ -306,8 +357,7 @@ struct Backward {
           for (int64_t r = 0; r < n; ++r) {
             float* xr = x + r * kKeys;
             float* dxr = dx + r * kKeys;
-            const int64_t from_key = sequence.low(i + r, s.left) - key, to_key = sequence.high(i + r, s.right) - key;
-            probabilities(xr, slope, from_key, to_key, padded, lse[at_row + r]);
+            probabilities(xr, slope, Seen(p, sequence, i + r, key, padded), static_cast<int>(padded), lse[at_row + r]);
             if (s.threshold) keep.apply(r, keys, 1.0f / kept, dxr);
             score_gradients(xr, dxr, slope, padded, delta[at_row + r], whole);
             if (s.threshold) keep.apply(r, keys, 1.0f / kept, xr);
@@ -353,9 +403,7 @@ struct Backward {
   }
 
   // Scores become probabilities, and slope the derivative of the soft-capped score.
-  FASTFT_INLINE void probabilities(float* x, float* slope, int64_t low, int64_t high, int64_t cols, float lse) const {
-    const int n = static_cast<int>(cols), from = static_cast<int>(std::max<int64_t>(low, 0));
-    const int to = static_cast<int>(std::min<int64_t>(high, cols));
+  FASTFT_INLINE void probabilities(float* x, float* slope, const Seen& seen, int n, float lse) const {
     if (p.softcap != 0.0f) {
       const float cap = p.softcap, inverse = 1.0f / cap;
 #pragma omp simd
@@ -365,8 +413,13 @@ struct Backward {
         slope[j] = 1.0f - t * t;
       }
     }
+    if (seen.all) {
 #pragma omp simd
-    for (int j = 0; j < n; ++j) x[j] = (j >= from) & (j < to) ? exp_of(x[j] - lse) : 0.0f;
+      for (int j = 0; j < n; ++j) x[j] = exp_below(x[j] - lse);
+    } else {
+#pragma omp simd
+      for (int j = 0; j < n; ++j) x[j] = (j >= seen.from) & (j < seen.to) ? exp_below(x[j] - lse) : 0.0f;
+    }
   }
 
   // Gradients of the probabilities become those of the scores.
