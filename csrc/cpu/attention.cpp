@@ -1,16 +1,19 @@
 // Attention on the CPU, without a score matrix in memory. The equations are in kernels/fastft_kernels/reference/attention.py.
 //
 // Work is a tile of kRows queries of one head against kKeys keys, all in float and in the first two cache levels. A unit
-// of work owns what it writes: forward some queries of all heads that share a key head, backward a whole sequence of one
-// key head. So the results do not depend on the number of threads. Everything else is O(tokens).
+// of work owns what it writes: forward some queries of all heads that share a key head, backward the keys of one head of a
+// sequence. Where that makes few units, backward splits the keys and adds up the parts of dq. How depends on the problem
+// alone, and so the results do not depend on the number of threads. Everything else is O(tokens).
 #include "cpu/attention.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "common/elementary.h"
+#include "common/parallel.h"
 #include "common/philox.h"
 #include "common/tile.h"
 
@@ -30,7 +33,7 @@ struct Problem {
   const int32_t *cu_seqlens_q, *cu_seqlens_k;
   const int64_t* key_bounds;
   void *out, *dq, *dk, *dv;
-  float* lse_out;
+  float *lse_out, *dq_parts;  // dq_parts: [parts, like q], null where no keys are split
   float scale, softcap;
   uint64_t seed;
 
@@ -92,7 +95,7 @@ FASTFT_INLINE float exp_below(float x) {
 }
 
 struct Unit {
-  int64_t sequence, head_k, begin, end;  // begin, end: queries
+  int64_t sequence, head_k, part, begin, end;  // begin, end: queries, backward keys
 };
 
 FASTFT_INLINE int64_t at(const int64_t* strides, int64_t batch, int64_t row, int64_t head) {
@@ -296,14 +299,15 @@ struct Backward {
   const Problem& p;
 
   static int64_t scratch(const Problem& p, const Unit& unit) {
-    const int64_t width = (p.shape.head_size + W - 1) / W * W, rows = (unit.end - unit.begin) * p.group();
+    const int64_t width = (p.shape.head_size + W - 1) / W * W;
+    const int64_t rows = Sequence(p, unit.sequence).queries * p.group();
     return rows * width + 2 * rows + (6 * kKeys + 2 * kRows) * width + 3 * kRows * kKeys + 16 * 16;
   }
 
   FASTFT_INLINE void operator()(const Unit& unit, float* scratch) const {
     const AttentionShape& s = p.shape;
     const Sequence sequence(p, unit.sequence);
-    const int64_t D = s.head_size, width = (D + W - 1) / W * W, count = unit.end, group = p.group();
+    const int64_t D = s.head_size, width = (D + W - 1) / W * W, count = sequence.queries, group = p.group();
     float* dq = take(scratch, count * group * width);
     float* lse = take(scratch, count * group);
     float* delta = take(scratch, count * group);
@@ -326,8 +330,8 @@ struct Backward {
     const float kept = 1.0f - static_cast<float>(s.threshold) / 65536.0f;
     for (int64_t g = 0; g < group; ++g) gather_rows(sequence, unit.head_k * group + g, whole, lse + g * count, delta + g * count);
 
-    for (int64_t key = 0; key < sequence.keys; key += kKeys) {
-      const int64_t keys = std::min<int64_t>(kKeys, sequence.keys - key), padded = (keys + W - 1) / W * W;
+    for (int64_t key = unit.begin; key < unit.end; key += kKeys) {
+      const int64_t keys = std::min<int64_t>(kKeys, unit.end - key), padded = (keys + W - 1) / W * W;
       const int64_t row = sequence.k_row + key, real = sequence.first - key, end = sequence.end - key;
       const T* from = static_cast<const T*>(p.k) + at(s.k, sequence.batch, row, unit.head_k);
       widen_rows(from, s.k[1], keys, D, width, 1.0f, k, real, end);
@@ -376,8 +380,12 @@ struct Backward {
     for (int64_t g = 0; g < group; ++g)
       for (int64_t i = 0; i < count; ++i) {
         const int64_t token = sequence.batch * s.queries + sequence.q_row + i;
-        narrow_row(dq + (g * count + i) * width, p.scale,
-                   static_cast<T*>(p.dq) + (token * s.heads + unit.head_k * group + g) * D, D);
+        const int64_t to = (token * s.heads + unit.head_k * group + g) * D;
+        const float* row = dq + (g * count + i) * width;
+        if (p.dq_parts == nullptr)
+          narrow_row(row, p.scale, static_cast<T*>(p.dq) + to, D);
+        else
+          narrow_row(row, p.scale, p.dq_parts + unit.part * s.tokens * s.heads * D + to, D);
       }
   }
 
@@ -472,30 +480,69 @@ void run_units(const Problem& p, const std::vector<Unit>& units, int64_t work, i
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({threads, count, 1 + work / kWorkPerThread}));
 #pragma omp parallel num_threads(static_cast<int>(parts)) if (parts > 1)
   {
-    std::vector<float> scratch(size + 16);
-    float* aligned = scratch.data();
+    const std::unique_ptr<float[]> scratch(new float[size + 16]);
+    float* aligned = scratch.get();
     while (reinterpret_cast<uintptr_t>(aligned) % 64) ++aligned;
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < count; ++i) run(p, units[i], aligned);
   }
 }
 
-// A unit for each key head of each sequence and, where `rows` is given, each so many queries. Returns the work, too.
-std::vector<Unit> plan(const Problem& p, int64_t rows, int64_t& work) {
-  const AttentionShape& s = p.shape;
+// Multiplications of one product of a call, were all keys seen.
+int64_t work_of(const Problem& p) {
+  int64_t scores = 0;
+  for (int64_t i = 0; i < p.shape.sequences; ++i) scores += Sequence(p, i).queries * Sequence(p, i).keys;
+  return scores * p.shape.heads * p.shape.head_size;
+}
+
+std::vector<Unit> forward_units(const Problem& p) {
+  const int64_t step = std::max<int64_t>(kRows, kRowsPerUnit / p.group());
   std::vector<Unit> units;
-  work = 0;
-  for (int64_t i = 0; i < s.sequences; ++i) {
-    const Sequence sequence(p, i);
-    work += sequence.queries * sequence.keys * s.heads * s.head_size;
-    const int64_t step = rows == 0 ? std::max<int64_t>(sequence.queries, 1) : rows;
-    const int64_t parts = rows == 0 ? 1 : (sequence.queries + step - 1) / step;
-    for (int64_t head = 0; head < s.heads_k; ++head)
+  for (int64_t i = 0; i < p.shape.sequences; ++i) {
+    const int64_t queries = Sequence(p, i).queries, parts = (queries + step - 1) / step;
+    for (int64_t head = 0; head < p.shape.heads_k; ++head)
       for (int64_t part = parts - 1; part >= 0; --part)  // under a causal mask the last queries see most
-        units.push_back({i, head, sequence.queries * part / parts, sequence.queries * (part + 1) / parts});
+        units.push_back({i, head, part, queries * part / parts, queries * (part + 1) / parts});
   }
   return units;
 }
+
+// In how many parts backward splits the keys of each sequence.
+int64_t parts_of(const Problem& p) {
+  constexpr int64_t kEnoughUnits = 64, kMostParts = 16, kKeysPerPart = 512;
+  int64_t longest = 0;
+  for (int64_t i = 0; i < p.shape.sequences; ++i) longest = std::max(longest, Sequence(p, i).keys);
+  const int64_t units = std::max<int64_t>(1, p.shape.sequences * p.shape.heads_k);
+  return std::max<int64_t>(1, std::min({kMostParts, kEnoughUnits / units, longest / kKeysPerPart}));
+}
+
+std::vector<Unit> backward_units(const Problem& p, int64_t parts) {
+  std::vector<Unit> units;
+  for (int64_t i = 0; i < p.shape.sequences; ++i) {
+    const int64_t keys = Sequence(p, i).keys, blocks = (keys + kKeys - 1) / kKeys;
+    const auto bound = [&](int64_t part) { return std::min(keys, blocks * part / parts * kKeys); };
+    for (int64_t head = 0; head < p.shape.heads_k; ++head)
+      for (int64_t part = 0; part < parts; ++part) units.push_back({i, head, part, bound(part), bound(part + 1)});
+  }
+  return units;
+}
+
+// dq = the sum of its parts, in their order.
+template <class T>
+struct AddParts {
+  const float* from;
+  T* to;
+  int64_t parts, size;
+
+  FASTFT_INLINE void operator()(int64_t begin, int64_t end) const {
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) {
+      float sum = from[i];
+      for (int64_t part = 1; part < parts; ++part) sum += from[part * size + i];
+      narrow(sum, to[i]);
+    }
+  }
+};
 
 }  // namespace
 
@@ -506,9 +553,8 @@ void attention_forward(const AttentionShape* shape, const void* q, const void* k
   p.q = q, p.k = k, p.v = v, p.out = o, p.lse_out = lse;
   p.cu_seqlens_q = cu_seqlens_q, p.cu_seqlens_k = cu_seqlens_k, p.key_bounds = key_bounds;
   p.scale = scale, p.softcap = softcap, p.seed = seed;
-  int64_t work;
-  const std::vector<Unit> units = plan(p, std::max<int64_t>(kRows, kRowsPerUnit / p.group()), work);
-  with_type(dtype, [&](auto type) { run_units<Forward, typename decltype(type)::type>(p, units, work, threads); });
+  const std::vector<Unit> units = forward_units(p);
+  with_type(dtype, [&](auto type) { run_units<Forward, typename decltype(type)::type>(p, units, work_of(p), threads); });
 }
 
 void attention_backward(const AttentionShape* shape, const void* dout, const float* dlse, const void* q,
@@ -520,9 +566,15 @@ void attention_backward(const AttentionShape* shape, const void* dout, const flo
   p.dq = dq, p.dk = dk, p.dv = dv;
   p.cu_seqlens_q = cu_seqlens_q, p.cu_seqlens_k = cu_seqlens_k, p.key_bounds = key_bounds;
   p.scale = scale, p.softcap = softcap, p.seed = seed;
-  int64_t work;
-  const std::vector<Unit> units = plan(p, 0, work);
-  with_type(dtype, [&](auto type) { run_units<Backward, typename decltype(type)::type>(p, units, work, threads); });
+  const int64_t parts = parts_of(p), size = shape->tokens * shape->heads * shape->head_size;
+  const std::unique_ptr<float[]> dq_parts(parts == 1 ? nullptr : new float[parts * size]);
+  p.dq_parts = dq_parts.get();
+  const std::vector<Unit> units = backward_units(p, parts);
+  with_type(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    run_units<Backward, T>(p, units, work_of(p), threads);
+    if (parts > 1) parallel_for(size, parts * size, threads, AddParts<T>{dq_parts.get(), static_cast<T*>(dq), parts, size});
+  });
 }
 
 }  // namespace fastft

@@ -10,6 +10,7 @@ namespace fastft {
 // Strides are in elements, from one batch element, row and head to the next; the elements of a head are adjacent.
 struct AttentionShape {
   int64_t sequences, heads, heads_k, head_size, queries, keys;  // queries, keys: of each sequence, unless packed
+  int64_t tokens;                                               // rows of q in all
   int64_t left, right, threshold;                               // threshold: of 65536, a draw below it is dropped
   int64_t q[3], k[3], v[3], lse[3], dout[3], dlse[3];           // dout, dlse: backward only
 };

@@ -169,19 +169,26 @@ def test_forward_and_backward(no_worse, case):
         no_worse(name, result[0], result[1].to(dtype), result[2], scale=scale if case["dtype"] == torch.float32 else 0)
 
 
-@pytest.mark.parametrize("padding", [None, "left"])
-def test_thread_count_changes_nothing(padding):
-    tensors, settings, _ = problem(
-        ([200, 17, 150, 65], [200, 30, 150, 65]),
-        padding,
-        (4, 2, 32),
-        torch.float32,
-        (None, 0),
-        None,
-        0.25,
-        True,
-        "strided",
+THREADED = {
+    "packed": (([200, 17, 150, 65], [200, 30, 150, 65]), None, (4, 2, 32)),
+    "padded": (([200, 17, 150, 65], [200, 30, 150, 65]), "left", (4, 2, 32)),
+    "keys in parts": (([130, 0, 9], [1100, 3, 70]), None, (2, 1, 16)),
+}
+
+
+def test_keys_in_parts(no_worse):
+    """Few units and many keys: backward splits them, here one sequence of which fits in a tile."""
+    tensors, settings, others = problem(
+        *THREADED["keys in parts"], torch.float32, (None, 0), 2.0, 0.25, True, "strided"
     )
+    exact, plain = (expected(dtype, *tensors, *others) for dtype in (torch.float64, torch.float32))
+    for name, *result in zip(("o", "lse", "dq", "dk", "dv"), compute(*tensors, settings), plain, exact, strict=True):
+        no_worse(name, *result)
+
+
+@pytest.mark.parametrize("case", THREADED.values(), ids=THREADED)
+def test_thread_count_changes_nothing(case):
+    tensors, settings, _ = problem(*case, torch.float32, (None, 0), None, 0.25, True, "strided")
     before = torch.get_num_threads()
     results = []
     try:

@@ -87,7 +87,7 @@ def _shape(q, k, v, lse, do, dlse, left, right, cu_seqlens_q, dropout_p):
     batch, queries, keys = (1, 0, 0) if q.dim() == 3 else (q.shape[0], q.shape[1], k.shape[1])
     sides = (_UNLIMITED if side is None else min(side, _UNLIMITED) for side in (left, right))
     numbers = array("q", (batch if cu_seqlens_q is None else cu_seqlens_q.numel() - 1, q.shape[-2], k.shape[-2]))
-    numbers.extend((q.shape[-1], queries, keys, *sides, drop_threshold(dropout_p)))
+    numbers.extend((q.shape[-1], queries, keys, q.shape[:-2].numel(), *sides, drop_threshold(dropout_p)))
     for x, kept in ((q, 3), (k, 3), (v, 3), (lse, 2), (do, 3), (dlse, 2)):
         strides = (0, 0, 0) if x is None else (0, *x.stride())[-kept - 1 :]  # of batch, row, head: 0 for no batch
         numbers.extend(strides[:3])
