@@ -74,8 +74,9 @@ def cases():
         yield Case(sentences, (12, 12), 32, torch.float32, False, True, 0.1)
         yield Case((512,) * 4, (8, 4), 64, torch.bfloat16, True, True)
         yield Case((2048,), (8, 4), 64, torch.bfloat16, True, True)
-        for length in (16, 128, 1024):
-            yield Case((length,) * 4, (8, 8), 64, torch.float32, True, False)
+        for length in (16, 64, 256, 1024, 4096):  # the mask that SDPA is fastest with
+            for backward in (False, True):
+                yield Case((length,) * max(1, 2048 // length), (4, 4), 64, torch.float32, False, backward)
 
 
 def eager(q, k, v, mask, causal, dropout_p):

@@ -57,7 +57,8 @@ struct VectorOf {
 template <int W>
 using Vector = typename VectorOf<W>::type;
 
-// c [MR, NR * W] = a b, or += a b. a is [MR, inner], or its transpose with AT.
+// c [MR, NR * W] = a b, or += a b, which is added as a whole: long sums made of short ones round less. a is [MR, inner], or
+// its transpose with AT.
 template <int W, int MR, int NR, bool AT, bool ADD>
 FASTFT_INLINE void multiply_block(int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                                   int64_t ldc) {
@@ -65,12 +66,7 @@ FASTFT_INLINE void multiply_block(int64_t inner, const float* a, int64_t lda, co
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < NR; ++n) {
-      if (ADD)
-        std::memcpy(&sum[r][n], c + r * ldc + n * W, sizeof sum[r][n]);
-      else
-        sum[r][n] = Vector<W>{};
-    }
+    for (int n = 0; n < NR; ++n) sum[r][n] = Vector<W>{};
   for (int64_t k = 0; k < inner; ++k) {
     Vector<W> row[NR];
 #pragma GCC unroll 8
@@ -85,7 +81,12 @@ FASTFT_INLINE void multiply_block(int64_t inner, const float* a, int64_t lda, co
 #pragma GCC unroll 8
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < NR; ++n) std::memcpy(c + r * ldc + n * W, &sum[r][n], sizeof sum[r][n]);
+    for (int n = 0; n < NR; ++n) {
+      Vector<W> before{};
+      if (ADD) std::memcpy(&before, c + r * ldc + n * W, sizeof before);
+      if (ADD) sum[r][n] += before;
+      std::memcpy(c + r * ldc + n * W, &sum[r][n], sizeof sum[r][n]);
+    }
 }
 
 constexpr int kBlockRows = 6;
