@@ -1,7 +1,7 @@
 // Small products of float matrices that lie in the first or second level cache.
 //
-// Here a fused multiply-add doubles the speed: these functions are compiled for vectors of W floats with contraction on,
-// so that their last bits depend on the instruction set (never on the number of threads).
+// Here a fused multiply-add saves half of the instructions: these functions are compiled for vectors of W floats with
+// contraction on, so that their last bits depend on the instruction set (never on the number of threads).
 #pragma once
 
 #include <algorithm>
@@ -57,8 +57,8 @@ struct VectorOf {
 template <int W>
 using Vector = typename VectorOf<W>::type;
 
-// c [MR, NR * W] = a b, or += a b, which is added as a whole: long sums made of short ones round less. a is [MR, inner], or
-// its transpose with AT.
+// c [MR, NR * W] = a b, or += a b, which is added as a whole: long sums made of short ones round less. a is
+// [MR, inner], or its transpose with AT.
 template <int W, int MR, int NR, bool AT, bool ADD>
 FASTFT_INLINE void multiply_block(int64_t inner, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
                                   int64_t ldc) {
@@ -109,7 +109,7 @@ FASTFT_INLINE void multiply_rows(int64_t rows, int64_t inner, const float* a, in
   }
 }
 
-// c [rows, cols] (+)= a b for cols a multiple of W. AVX-512 has registers for blocks of 6 x 4 vectors, the others 6 x 2.
+// c [rows, cols] (+)= a b, cols a multiple of W. AVX-512 has registers for blocks of 6 x 4 vectors, the others 6 x 2.
 template <int W, bool AT, bool ADD>
 FASTFT_INLINE void multiply_all(int64_t rows, int64_t cols, int64_t inner, const float* a, int64_t lda, const float* b,
                                 int64_t ldb, float* c, int64_t ldc) {

@@ -1,9 +1,9 @@
-// Attention on the CPU, without a score matrix in memory. The equations are in kernels/fastft_kernels/reference/attention.py.
+// Attention on the CPU, without a score matrix in memory. Equations: kernels/fastft_kernels/reference/attention.py.
 //
-// Work is a tile of kRows queries of one head against kKeys keys, all in float and in the first two cache levels. A unit
-// of work owns what it writes: forward some queries of all heads that share a key head, backward the keys of one head of a
-// sequence. Where that makes few units, backward splits the keys and adds up the parts of dq. How depends on the problem
-// alone, and so the results do not depend on the number of threads. Everything else is O(tokens).
+// Work is a tile of kRows queries of one head against kKeys keys, all in float and in the first two cache levels. A
+// unit of work owns what it writes: forward some queries of all heads that share a key head, backward the keys of one
+// head of a sequence. Where that makes few units, backward splits the keys and adds up the parts of dq. How depends on
+// the problem alone, and so the results do not depend on the number of threads. Everything else is O(tokens).
 #include "cpu/attention.h"
 
 #include <algorithm>
@@ -108,7 +108,7 @@ FASTFT_INLINE float* take(float*& scratch, int64_t count) {
   return taken;
 }
 
-// rows of `from`, widened and scaled, as rows of `width` floats; zeros behind each and in rows outside begin ... end - 1.
+// Rows of `from`, widened and scaled, as rows of `width` floats: zeros behind each, and where not in begin ... end - 1.
 template <class T>
 FASTFT_INLINE void widen_rows(const T* from, int64_t stride, int64_t rows, int64_t cols, int64_t width, float scale,
                               float* to, int64_t begin, int64_t end) {
@@ -328,7 +328,8 @@ struct Backward {
     // Where a tile has all the keys of a row, delta is the sum of p dp, without the rounding of o.
     const bool whole = sequence.keys <= kKeys;
     const float kept = 1.0f - static_cast<float>(s.threshold) / 65536.0f;
-    for (int64_t g = 0; g < group; ++g) gather_rows(sequence, unit.head_k * group + g, whole, lse + g * count, delta + g * count);
+    for (int64_t g = 0; g < group; ++g)
+      gather_rows(sequence, unit.head_k * group + g, whole, lse + g * count, delta + g * count);
 
     for (int64_t key = unit.begin; key < unit.end; key += kKeys) {
       const int64_t keys = std::min<int64_t>(kKeys, unit.end - key), padded = (keys + W - 1) / W * W;
@@ -349,10 +350,10 @@ struct Backward {
         if (sequence.low(i, s.left) >= key + keys || sequence.high(i + n - 1, s.right) <= key) continue;
         for (int64_t g = 0; g < group; ++g) {
           const int64_t head = unit.head_k * group + g, at_row = g * count + i;
-          widen_rows(static_cast<const T*>(p.q) + at(s.q, sequence.batch, sequence.q_row + i, head), s.q[1], n, D, width,
-                     p.scale, q, 0, n);
-          widen_rows(static_cast<const T*>(p.dout) + at(s.dout, sequence.batch, sequence.q_row + i, head), s.dout[1], n, D,
-                     width, 1.0f, dout, 0, n);
+          from = static_cast<const T*>(p.q) + at(s.q, sequence.batch, sequence.q_row + i, head);
+          widen_rows(from, s.q[1], n, D, width, p.scale, q, 0, n);
+          from = static_cast<const T*>(p.dout) + at(s.dout, sequence.batch, sequence.q_row + i, head);
+          widen_rows(from, s.dout[1], n, D, width, 1.0f, dout, 0, n);
           Tile<W>::template multiply<false, false>(n, padded, D, q, width, kt, kKeys, x, kKeys);
           Tile<W>::template multiply<false, false>(n, padded, D, dout, width, vt, kKeys, dx, kKeys);
           if (s.threshold)
@@ -361,7 +362,8 @@ struct Backward {
           for (int64_t r = 0; r < n; ++r) {
             float* xr = x + r * kKeys;
             float* dxr = dx + r * kKeys;
-            probabilities(xr, slope, Seen(p, sequence, i + r, key, padded), static_cast<int>(padded), lse[at_row + r]);
+            const Seen seen(p, sequence, i + r, key, padded);
+            probabilities(xr, slope, seen, static_cast<int>(padded), lse[at_row + r]);
             if (s.threshold) keep.apply(r, keys, 1.0f / kept, dxr);
             score_gradients(xr, dxr, slope, padded, delta[at_row + r], whole);
             if (s.threshold) keep.apply(r, keys, 1.0f / kept, xr);
@@ -483,7 +485,7 @@ void run_units(const Problem& p, const std::vector<Unit>& units, int64_t work, i
     const std::unique_ptr<float[]> scratch(new float[size + 16]);
     float* aligned = scratch.get();
     while (reinterpret_cast<uintptr_t>(aligned) % 64) ++aligned;
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < count; ++i) run(p, units[i], aligned);
   }
 }
@@ -554,7 +556,9 @@ void attention_forward(const AttentionShape* shape, const void* q, const void* k
   p.cu_seqlens_q = cu_seqlens_q, p.cu_seqlens_k = cu_seqlens_k, p.key_bounds = key_bounds;
   p.scale = scale, p.softcap = softcap, p.seed = seed;
   const std::vector<Unit> units = forward_units(p);
-  with_type(dtype, [&](auto type) { run_units<Forward, typename decltype(type)::type>(p, units, work_of(p), threads); });
+  with_type(dtype, [&](auto type) {
+    run_units<Forward, typename decltype(type)::type>(p, units, work_of(p), threads);
+  });
 }
 
 void attention_backward(const AttentionShape* shape, const void* dout, const float* dlse, const void* q,
@@ -573,7 +577,8 @@ void attention_backward(const AttentionShape* shape, const void* dout, const flo
   with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     run_units<Backward, T>(p, units, work_of(p), threads);
-    if (parts > 1) parallel_for(size, parts * size, threads, AddParts<T>{dq_parts.get(), static_cast<T*>(dq), parts, size});
+    if (parts > 1)
+      parallel_for(size, parts * size, threads, AddParts<T>{dq_parts.get(), static_cast<T*>(dq), parts, size});
   });
 }
 
