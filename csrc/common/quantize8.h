@@ -37,9 +37,12 @@ FASTFT_INLINE float stored_absmax(float largest) { return largest < kSmallestAbs
 
 FASTFT_INLINE float reciprocal_or_zero(float x) { return x > 0.0f ? 1.0f / x : 0.0f; }
 
+// A code reaches `read_signed` as a `Signed` byte, `read_unsigned` as a uint8_t.
 struct Companded {
+  using Signed = int8_t;
+
   FASTFT_INLINE float read_signed(int code, float absmax) const {
-    const float f = static_cast<float>(code - ((code & 128) << 1)) * (1.0f / 127.0f);
+    const float f = static_cast<float>(code) * (1.0f / 127.0f);
     return f * magnitude_of(f) * absmax;
   }
 
@@ -65,6 +68,8 @@ struct Companded {
 };
 
 struct Dynamic {
+  using Signed = uint8_t;
+
   const float* signed_map;  // 256 values, ascending, from about -1 to 1
   const float* unsigned_map;  // 256 values, ascending, from 0 to 1
 

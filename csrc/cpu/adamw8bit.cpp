@@ -2,6 +2,7 @@
 // cache; nothing else is allocated.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "common/adamw.h"
 #include "common/parallel.h"
@@ -11,21 +12,22 @@
 namespace fastft {
 namespace {
 
-FASTFT_INLINE float larger(float a, float b) { return a < b ? b : a; }
+FASTFT_INLINE uint32_t larger(uint32_t a, uint32_t b) { return a < b ? b : a; }
 
-// A maximum is the same in any order, so these reductions are free to use every lane.
+// The largest magnitude. Floats that are not negative are ordered like their bits, and NaN is above them all.
 FASTFT_INLINE float largest(const float* x, int size) {
-  float top = 0.0f;
+  uint32_t top = 0;
 #pragma omp simd reduction(max : top)
-  for (int j = 0; j < size; ++j) top = larger(top, magnitude_of(x[j]));
-  return top;
+  for (int j = 0; j < size; ++j) top = larger(top, bits_of(x[j]) & 0x7fffffffu);
+  return float_of(top);
 }
 
 // Bytes are widened and narrowed in loops of their own: next to floats they would make the compiler use the registers a
 // quarter full.
+template <class Byte>
 FASTFT_INLINE void widen_codes(const uint8_t* codes, int size, int32_t* wide) {
 #pragma omp simd
-  for (int j = 0; j < size; ++j) wide[j] = codes[j];
+  for (int j = 0; j < size; ++j) wide[j] = static_cast<Byte>(codes[j]);
 }
 
 FASTFT_INLINE void narrow_codes(const int32_t* wide, int size, uint8_t* codes) {
@@ -63,79 +65,116 @@ struct ForBlocks {
   FASTFT_INLINE void operator()(int64_t begin, int64_t end) const {
     for (int64_t number = begin; number < end; ++number) {
       const auto piece = tensors.piece(number);
-      const int64_t whole = piece.size / kQuantBlock * kQuantBlock;
-      for (int64_t j = 0; j < whole; j += kQuantBlock) body.block(piece, piece.begin + j, kQuantBlock);
-      if (whole < piece.size) body.block(piece, piece.begin + whole, static_cast<int>(piece.size - whole));
+      for (int64_t j = 0; j < piece.size; j += kQuantBlock)
+        body.block(piece, piece.begin + j, static_cast<int>(std::min<int64_t>(kQuantBlock, piece.size - j)));
     }
   }
 };
 
+// Gradients and copies of any type meet the update as a block of floats: one update for all types.
+FASTFT_INLINE const float* widened(const void* x, DType dtype, int64_t from, int size, float* block) {
+  if (dtype == DType::float32) return static_cast<const float*>(x) + from;
+  if (dtype == DType::bfloat16) {
+    const BFloat16* in = static_cast<const BFloat16*>(x) + from;
+#pragma omp simd
+    for (int j = 0; j < size; ++j) block[j] = widen(in[j]);
+  } else {
+    const Float16* in = static_cast<const Float16*>(x) + from;
+#pragma omp simd
+    for (int j = 0; j < size; ++j) block[j] = widen(in[j]);
+  }
+  return block;
+}
+
 template <class C>
-FASTFT_INLINE void copy_rounded(const float* w, C* copy, int64_t from, int size) {
-  if (copy == nullptr) return;
-  copy += from;
+FASTFT_INLINE void copy_rounded(const float* w, C* copy, int size) {
 #pragma omp simd
   for (int j = 0; j < size; ++j) narrow(w[j], copy[j]);
 }
 
-template <class G, class C, class Code>
+FASTFT_INLINE void write_copy(const float* w, void* copy, DType dtype, int64_t from, int size) {
+  if (copy == nullptr) return;
+  if (dtype == DType::bfloat16)
+    copy_rounded(w, static_cast<BFloat16*>(copy) + from, size);
+  else if (dtype == DType::float16)
+    copy_rounded(w, static_cast<Float16*>(copy) + from, size);
+  else
+    copy_rounded(w, static_cast<float*>(copy) + from, size);
+}
+
+// Nearly every block has only good numbers, so it is computed without
+// asking, beside the old one; where the largest second moment says otherwise it is computed again, element by element.
+template <class Code>
 struct AdamW8bit {
   AdamWStep step;
   Code code;
+  DType grad_dtype, copy_dtype;
 
   FASTFT_INLINE void block(const TensorList<8>::Piece& piece, int64_t from, int size) const {
     float* w = piece.at<float>(1) + from;
-    const G* g = piece.at<G>(2) + from;
     uint8_t* m_codes = piece.at<uint8_t>(4) + from;
     float* m_absmax = piece.at<float>(5) + from / kQuantBlock;
     uint8_t* v_codes = piece.at<uint8_t>(6) + from;
     float* v_absmax = piece.at<float>(7) + from / kQuantBlock;
-    alignas(64) float m[kQuantBlock], roots[kQuantBlock];
+    alignas(64) float gradients[kQuantBlock], m[kQuantBlock], roots[kQuantBlock], next_w[kQuantBlock];
+    alignas(64) int32_t m_wide[kQuantBlock], v_wide[kQuantBlock];
+    const float* g = widened(piece.at<void>(2), grad_dtype, from, size, gradients);
+    widen_codes<typename Code::Signed>(m_codes, size, m_wide);
+    widen_codes<uint8_t>(v_codes, size, v_wide);
     const AdamWStep s = step;
     const Code c = code;
     const float m_scale = *m_absmax, v_scale = *v_absmax;
-    float m_top = 0.0f, v_top = 0.0f;
-    alignas(64) int32_t m_wide[kQuantBlock], v_wide[kQuantBlock];
-    widen_codes(m_codes, size, m_wide);
-    widen_codes(v_codes, size, v_wide);
-#pragma omp simd reduction(max : m_top, v_top)
+    uint32_t top = 0;
+#pragma omp simd reduction(max : top)
     for (int j = 0; j < size; ++j) {
-      float next_m = c.read_signed(m_wide[j], m_scale), next_v = c.read_unsigned(v_wide[j], v_scale), root;
-      w[j] = guarded_adamw_element(w[j], widen(g[j]), next_m, next_v, root, s);
+      float next_m = c.read_signed(m_wide[j], m_scale), next_v = c.read_unsigned(v_wide[j], v_scale);
+      next_w[j] = adamw_element(w[j], g[j], next_m, next_v, roots[j], s);
       m[j] = next_m;
-      roots[j] = root;
-      m_top = larger(m_top, magnitude_of(next_m));
-      v_top = larger(v_top, next_v);
+      top = larger(top, bits_of(next_v));
     }
-    copy_rounded(w, piece.at<C>(3), from, size);
-    write_signed(c, m, m_top, size, m_codes, m_absmax);
+    float v_top = float_of(top);
+    if (v_top < kLargestMoment && s.eps > 0.0f) {
+#pragma omp simd
+      for (int j = 0; j < size; ++j) w[j] = next_w[j];
+    } else {
+      v_top = 0.0f;
+      for (int j = 0; j < size; ++j) {
+        float next_m = c.read_signed(m_wide[j], m_scale), next_v = c.read_unsigned(v_wide[j], v_scale);
+        w[j] = guarded_adamw_element(w[j], g[j], next_m, next_v, roots[j], s);
+        m[j] = next_m;
+        v_top = std::max(v_top, next_v);
+      }
+    }
+    write_copy(w, piece.at<void>(3), copy_dtype, from, size);
+    write_signed(c, m, largest(m, size), size, m_codes, m_absmax);
     write_roots(c, roots, v_top, size, v_codes, v_absmax);
   }
 };
 
-template <class G, class C, class Code>
+template <class Code>
 struct Lion8bit {
   AdamWStep step;
   Code code;
+  DType grad_dtype, copy_dtype;
 
   FASTFT_INLINE void block(const TensorList<6>::Piece& piece, int64_t from, int size) const {
     float* w = piece.at<float>(1) + from;
-    const G* g = piece.at<G>(2) + from;
     uint8_t* codes = piece.at<uint8_t>(4) + from;
     float* absmax = piece.at<float>(5) + from / kQuantBlock;
-    alignas(64) float m[kQuantBlock];
+    alignas(64) float gradients[kQuantBlock], m[kQuantBlock];
+    alignas(64) int32_t wide[kQuantBlock];
+    const float* g = widened(piece.at<void>(2), grad_dtype, from, size, gradients);
+    widen_codes<typename Code::Signed>(codes, size, wide);
     const AdamWStep s = step;
     const Code c = code;
     const float scale = *absmax;
-    alignas(64) int32_t wide[kQuantBlock];
-    widen_codes(codes, size, wide);
 #pragma omp simd
     for (int j = 0; j < size; ++j) {
       float next_m = c.read_signed(wide[j], scale);
-      w[j] = guarded_lion_element(w[j], widen(g[j]), next_m, s);
+      w[j] = guarded_lion_element(w[j], g[j], next_m, s);
       m[j] = next_m;
     }
-    copy_rounded(w, piece.at<C>(3), from, size);
+    write_copy(w, piece.at<void>(3), copy_dtype, from, size);
     write_signed(c, m, largest(m, size), size, codes, absmax);
   }
 };
@@ -167,7 +206,7 @@ struct Dequantize {
     const float absmax = piece.at<float>(3)[from / kQuantBlock];
     const Code c = code;
     alignas(64) int32_t wide[kQuantBlock];
-    widen_codes(codes, size, wide);
+    widen_codes<std::conditional_t<Signed, typename Code::Signed, uint8_t>>(codes, size, wide);
 #pragma omp simd
     for (int j = 0; j < size; ++j) x[j] = Signed ? c.read_signed(wide[j], absmax) : c.read_unsigned(wide[j], absmax);
   }
@@ -187,20 +226,14 @@ void with_code(const float* maps, F&& f) {
     f(Dynamic{maps, maps + 256});
 }
 
-template <template <class, class, class> class Body, int kFields>
+template <template <class> class Body, int kFields>
 void update(const int64_t* rows, int64_t count, const float* scalars, const float* maps, DType grad_dtype,
             DType copy_dtype, int threads) {
   const TensorList<kFields> tensors(rows, count);
   AdamWStep step;
   std::memcpy(&step, scalars, sizeof step);
   with_code(maps, [&](auto code) {
-    with_type(grad_dtype, [&](auto grad) {
-      with_type(copy_dtype, [&](auto copy) {
-        using G = typename decltype(grad)::type;
-        using C = typename decltype(copy)::type;
-        run(tensors, threads, Body<G, C, decltype(code)>{step, code});
-      });
-    });
+    run(tensors, threads, Body<decltype(code)>{step, code, grad_dtype, copy_dtype});
   });
 }
 
