@@ -87,6 +87,37 @@ FASTFT_INLINE float rounded<Float16>(float value) {
 }
 
 template <class T>
+FASTFT_INLINE void widen_row(const T* from, int64_t n, float factor, float* to) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) to[j] = widen(from[j]) * factor;
+}
+
+template <class T>
+FASTFT_INLINE void narrow_row(const float* from, int64_t n, float factor, T* to) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) narrow(from[j] * factor, to[j]);
+}
+
+// The same where the type is asked for at run time, row by row: for bodies too large to be compiled for each type.
+FASTFT_INLINE void widen_row(const void* from, DType dtype, int64_t offset, int64_t n, float factor, float* to) {
+  if (dtype == DType::float32)
+    widen_row(static_cast<const float*>(from) + offset, n, factor, to);
+  else if (dtype == DType::bfloat16)
+    widen_row(static_cast<const BFloat16*>(from) + offset, n, factor, to);
+  else
+    widen_row(static_cast<const Float16*>(from) + offset, n, factor, to);
+}
+
+FASTFT_INLINE void narrow_row(const float* from, int64_t n, float factor, void* to, DType dtype, int64_t offset) {
+  if (dtype == DType::float32)
+    narrow_row(from, n, factor, static_cast<float*>(to) + offset);
+  else if (dtype == DType::bfloat16)
+    narrow_row(from, n, factor, static_cast<BFloat16*>(to) + offset);
+  else
+    narrow_row(from, n, factor, static_cast<Float16*>(to) + offset);
+}
+
+template <class T>
 struct Type {
   using type = T;
 };

@@ -71,37 +71,6 @@ struct ForBlocks {
   }
 };
 
-// Gradients and copies of any type meet the update as a block of floats: one update for all types.
-FASTFT_INLINE const float* widened(const void* x, DType dtype, int64_t from, int size, float* block) {
-  if (dtype == DType::float32) return static_cast<const float*>(x) + from;
-  if (dtype == DType::bfloat16) {
-    const BFloat16* in = static_cast<const BFloat16*>(x) + from;
-#pragma omp simd
-    for (int j = 0; j < size; ++j) block[j] = widen(in[j]);
-  } else {
-    const Float16* in = static_cast<const Float16*>(x) + from;
-#pragma omp simd
-    for (int j = 0; j < size; ++j) block[j] = widen(in[j]);
-  }
-  return block;
-}
-
-template <class C>
-FASTFT_INLINE void copy_rounded(const float* w, C* copy, int size) {
-#pragma omp simd
-  for (int j = 0; j < size; ++j) narrow(w[j], copy[j]);
-}
-
-FASTFT_INLINE void write_copy(const float* w, void* copy, DType dtype, int64_t from, int size) {
-  if (copy == nullptr) return;
-  if (dtype == DType::bfloat16)
-    copy_rounded(w, static_cast<BFloat16*>(copy) + from, size);
-  else if (dtype == DType::float16)
-    copy_rounded(w, static_cast<Float16*>(copy) + from, size);
-  else
-    copy_rounded(w, static_cast<float*>(copy) + from, size);
-}
-
 // Nearly every block has only good numbers, so it is computed without
 // asking, beside the old one; where the largest second moment says otherwise it is computed again, element by element.
 template <class Code>
@@ -116,9 +85,9 @@ struct AdamW8bit {
     float* m_absmax = piece.at<float>(5) + from / kQuantBlock;
     uint8_t* v_codes = piece.at<uint8_t>(6) + from;
     float* v_absmax = piece.at<float>(7) + from / kQuantBlock;
-    alignas(64) float gradients[kQuantBlock], m[kQuantBlock], roots[kQuantBlock], next_w[kQuantBlock];
+    alignas(64) float g[kQuantBlock], m[kQuantBlock], roots[kQuantBlock], next_w[kQuantBlock];
     alignas(64) int32_t m_wide[kQuantBlock], v_wide[kQuantBlock];
-    const float* g = widened(piece.at<void>(2), grad_dtype, from, size, gradients);
+    widen_row(piece.at<void>(2), grad_dtype, from, size, 1.0f, g);
     widen_codes<typename Code::Signed>(m_codes, size, m_wide);
     widen_codes<uint8_t>(v_codes, size, v_wide);
     const AdamWStep s = step;
@@ -145,7 +114,7 @@ struct AdamW8bit {
         v_top = std::max(v_top, next_v);
       }
     }
-    write_copy(w, piece.at<void>(3), copy_dtype, from, size);
+    if (void* copy = piece.at<void>(3)) narrow_row(w, size, 1.0f, copy, copy_dtype, from);
     write_signed(c, m, largest(m, size), size, m_codes, m_absmax);
     write_roots(c, roots, v_top, size, v_codes, v_absmax);
   }
@@ -161,9 +130,9 @@ struct Lion8bit {
     float* w = piece.at<float>(1) + from;
     uint8_t* codes = piece.at<uint8_t>(4) + from;
     float* absmax = piece.at<float>(5) + from / kQuantBlock;
-    alignas(64) float gradients[kQuantBlock], m[kQuantBlock];
+    alignas(64) float g[kQuantBlock], m[kQuantBlock];
     alignas(64) int32_t wide[kQuantBlock];
-    const float* g = widened(piece.at<void>(2), grad_dtype, from, size, gradients);
+    widen_row(piece.at<void>(2), grad_dtype, from, size, 1.0f, g);
     widen_codes<typename Code::Signed>(codes, size, wide);
     const AdamWStep s = step;
     const Code c = code;
@@ -174,7 +143,7 @@ struct Lion8bit {
       w[j] = guarded_lion_element(w[j], g[j], next_m, s);
       m[j] = next_m;
     }
-    write_copy(w, piece.at<void>(3), copy_dtype, from, size);
+    if (void* copy = piece.at<void>(3)) narrow_row(w, size, 1.0f, copy, copy_dtype, from);
     write_signed(c, m, largest(m, size), size, codes, absmax);
   }
 };

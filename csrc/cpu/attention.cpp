@@ -20,12 +20,12 @@
 namespace fastft {
 namespace {
 
-constexpr int kRows = 48, kKeys = 64;
+constexpr int kRows = 48, kKeys = 64, kMostHeadSize = 256;
 constexpr int64_t kRowsPerUnit = 384;          // forward: enough to pay for widening and transposing the keys
 constexpr int64_t kWorkPerThread = 1 << 18;    // multiplications; below this, waking a thread costs more
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Everything about a call but the element type.
+// Everything about a call.
 struct Problem {
   const AttentionShape& shape;
   const void *q, *k, *v, *o, *dout;
@@ -36,6 +36,7 @@ struct Problem {
   float *lse_out, *dq_parts;  // dq_parts: [parts, like q], null where no keys are split
   float scale, softcap;
   uint64_t seed;
+  DType dtype;
 
   int64_t group() const { return shape.heads / shape.heads_k; }
 };
@@ -108,24 +109,16 @@ FASTFT_INLINE float* take(float*& scratch, int64_t count) {
   return taken;
 }
 
-// Rows of `from`, widened and scaled, as rows of `width` floats: zeros behind each, and where not in begin ... end - 1.
-template <class T>
-FASTFT_INLINE void widen_rows(const T* from, int64_t stride, int64_t rows, int64_t cols, int64_t width, float scale,
-                              float* to, int64_t begin, int64_t end) {
+// Rows of `from`, which start at `offset`, widened and scaled, as rows of `width` floats: zeros behind each, and where not
+// in begin ... end - 1.
+FASTFT_INLINE void widen_rows(const Problem& p, const void* from, int64_t offset, int64_t stride, int64_t rows,
+                              int64_t width, float scale, float* to, int64_t begin, int64_t end) {
   for (int64_t i = 0; i < rows; ++i) {
-    const T* in = from + i * stride;
     float* out = to + i * width;
-    const int64_t n = i >= begin && i < end ? cols : 0;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) out[j] = widen(in[j]) * scale;
+    const int64_t n = i >= begin && i < end ? p.shape.head_size : 0;
+    widen_row(from, p.dtype, offset + i * stride, n, scale, out);
     for (int64_t j = n; j < width; ++j) out[j] = 0.0f;
   }
-}
-
-template <class T>
-FASTFT_INLINE void narrow_row(const float* from, float factor, T* to, int64_t cols) {
-#pragma omp simd
-  for (int64_t j = 0; j < cols; ++j) narrow(from[j] * factor, to[j]);
 }
 
 // What dropout keeps of a tile: bit b of bits[c][r] is for row r and key 8 c + b.
@@ -162,7 +155,7 @@ struct Keep {
   }
 };
 
-template <class T, int W>
+template <int W>
 struct Forward {
   const Problem& p;
 
@@ -190,20 +183,20 @@ struct Forward {
     std::fill(total, total + count * group, 0.0f);
     for (int64_t g = 0; g < group; ++g) {
       const int64_t head = unit.head_k * group + g;
-      const T* from = static_cast<const T*>(p.q) + at(s.q, sequence.batch, sequence.q_row + unit.begin, head);
-      widen_rows(from, s.q[1], count, D, width, p.scale, q + g * count * width, 0, count);
+      const int64_t from = at(s.q, sequence.batch, sequence.q_row + unit.begin, head);
+      widen_rows(p, p.q, from, s.q[1], count, width, p.scale, q + g * count * width, 0, count);
     }
     const int64_t low = std::max<int64_t>(0, sequence.low(unit.begin, s.left)) / kKeys * kKeys;
     const int64_t high = sequence.high(unit.end - 1, s.right);
     for (int64_t key = low; key < high; key += kKeys) {
       const int64_t keys = std::min<int64_t>(kKeys, high - key), padded = (keys + W - 1) / W * W;
       const int64_t row = sequence.k_row + key, real = sequence.first - key;
-      const T* from = static_cast<const T*>(p.k) + at(s.k, sequence.batch, row, unit.head_k);
-      widen_rows(from, s.k[1], keys, D, width, 1.0f, rows, real, keys);
+      const int64_t k_from = at(s.k, sequence.batch, row, unit.head_k);
+      widen_rows(p, p.k, k_from, s.k[1], keys, width, 1.0f, rows, real, keys);
       std::fill(rows + keys * width, rows + padded * width, 0.0f);
       Tile<W>::transpose(padded, width, rows, width, kt, kKeys);
-      from = static_cast<const T*>(p.v) + at(s.v, sequence.batch, row, unit.head_k);
-      widen_rows(from, s.v[1], keys, D, width, 1.0f, v, real, keys);
+      const int64_t v_from = at(s.v, sequence.batch, row, unit.head_k);
+      widen_rows(p, p.v, v_from, s.v[1], keys, width, 1.0f, v, real, keys);
       const int64_t tiles = (count + kRows - 1) / kRows;
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t i = count * tile / tiles, n = count * (tile + 1) / tiles - i, query = unit.begin + i;
@@ -228,8 +221,8 @@ struct Forward {
         const int64_t row = g * count + i, query = sequence.q_row + unit.begin + i;
         const float sum = total[row];
         const int64_t token = sequence.batch * s.queries + query;
-        T* to = static_cast<T*>(p.out) + (token * s.heads + head) * D;
-        narrow_row(o + row * width, sum == 0.0f ? 0.0f : 1.0f / (sum * kept), to, D);
+        const float factor = sum == 0.0f ? 0.0f : 1.0f / (sum * kept);
+        narrow_row(o + row * width, D, factor, p.out, p.dtype, (token * s.heads + head) * D);
         p.lse_out[at(s.lse, sequence.batch, query, head)] = sum == 0.0f ? -kInfinity : top[row] + std::log(sum);
       }
     }
@@ -294,7 +287,7 @@ struct Forward {
   }
 };
 
-template <class T, int W>
+template <int W>
 struct Backward {
   const Problem& p;
 
@@ -334,12 +327,12 @@ struct Backward {
     for (int64_t key = unit.begin; key < unit.end; key += kKeys) {
       const int64_t keys = std::min<int64_t>(kKeys, unit.end - key), padded = (keys + W - 1) / W * W;
       const int64_t row = sequence.k_row + key, real = sequence.first - key, end = sequence.end - key;
-      const T* from = static_cast<const T*>(p.k) + at(s.k, sequence.batch, row, unit.head_k);
-      widen_rows(from, s.k[1], keys, D, width, 1.0f, k, real, end);
+      const int64_t k_from = at(s.k, sequence.batch, row, unit.head_k);
+      widen_rows(p, p.k, k_from, s.k[1], keys, width, 1.0f, k, real, end);
       std::fill(k + keys * width, k + padded * width, 0.0f);
       Tile<W>::transpose(padded, width, k, width, kt, kKeys);
-      from = static_cast<const T*>(p.v) + at(s.v, sequence.batch, row, unit.head_k);
-      widen_rows(from, s.v[1], keys, D, width, 1.0f, v, real, end);
+      const int64_t v_from = at(s.v, sequence.batch, row, unit.head_k);
+      widen_rows(p, p.v, v_from, s.v[1], keys, width, 1.0f, v, real, end);
       std::fill(v + keys * width, v + padded * width, 0.0f);
       Tile<W>::transpose(padded, width, v, width, vt, kKeys);
       std::fill(dk, dk + keys * width, 0.0f);
@@ -350,10 +343,10 @@ struct Backward {
         if (sequence.low(i, s.left) >= key + keys || sequence.high(i + n - 1, s.right) <= key) continue;
         for (int64_t g = 0; g < group; ++g) {
           const int64_t head = unit.head_k * group + g, at_row = g * count + i;
-          from = static_cast<const T*>(p.q) + at(s.q, sequence.batch, sequence.q_row + i, head);
-          widen_rows(from, s.q[1], n, D, width, p.scale, q, 0, n);
-          from = static_cast<const T*>(p.dout) + at(s.dout, sequence.batch, sequence.q_row + i, head);
-          widen_rows(from, s.dout[1], n, D, width, 1.0f, dout, 0, n);
+          const int64_t q_from = at(s.q, sequence.batch, sequence.q_row + i, head);
+          widen_rows(p, p.q, q_from, s.q[1], n, width, p.scale, q, 0, n);
+          const int64_t dout_from = at(s.dout, sequence.batch, sequence.q_row + i, head);
+          widen_rows(p, p.dout, dout_from, s.dout[1], n, width, 1.0f, dout, 0, n);
           Tile<W>::template multiply<false, false>(n, padded, D, q, width, kt, kKeys, x, kKeys);
           Tile<W>::template multiply<false, false>(n, padded, D, dout, width, vt, kKeys, dx, kKeys);
           if (s.threshold)
@@ -375,8 +368,8 @@ struct Backward {
       }
       for (int64_t j = 0; j < keys; ++j) {
         const int64_t to = ((sequence.batch * s.keys + row + j) * s.heads_k + unit.head_k) * D;
-        narrow_row(dk + j * width, 1.0f, static_cast<T*>(p.dk) + to, D);
-        narrow_row(dv + j * width, 1.0f, static_cast<T*>(p.dv) + to, D);
+        narrow_row(dk + j * width, D, 1.0f, p.dk, p.dtype, to);
+        narrow_row(dv + j * width, D, 1.0f, p.dv, p.dtype, to);
       }
     }
     for (int64_t g = 0; g < group; ++g)
@@ -385,9 +378,9 @@ struct Backward {
         const int64_t to = (token * s.heads + unit.head_k * group + g) * D;
         const float* row = dq + (g * count + i) * width;
         if (p.dq_parts == nullptr)
-          narrow_row(row, p.scale, static_cast<T*>(p.dq) + to, D);
+          narrow_row(row, D, p.scale, p.dq, p.dtype, to);
         else
-          narrow_row(row, p.scale, p.dq_parts + unit.part * s.tokens * s.heads * D + to, D);
+          narrow_row(row, D, p.scale, p.dq_parts + unit.part * s.tokens * s.heads * D + to);
       }
   }
 
@@ -395,17 +388,19 @@ struct Backward {
   // where it comes from a whole tile.
   FASTFT_INLINE void gather_rows(const Sequence& sequence, int64_t head, bool whole, float* lse, float* delta) const {
     const AttentionShape& s = p.shape;
+    float dout[kMostHeadSize], o[kMostHeadSize];
     for (int64_t i = 0; i < sequence.queries; ++i) {
       const int64_t row = sequence.q_row + i;
       const float value = p.lse[at(s.lse, sequence.batch, row, head)];
       lse[i] = value == -kInfinity ? kInfinity : value;
       float dot = p.dlse == nullptr ? 0.0f : -p.dlse[at(s.dlse, sequence.batch, row, head)];
       if (!whole) {
-        const T* dout = static_cast<const T*>(p.dout) + at(s.dout, sequence.batch, row, head);
-        const T* o = static_cast<const T*>(p.o) + ((sequence.batch * s.queries + row) * s.heads + head) * s.head_size;
+        const int64_t o_from = ((sequence.batch * s.queries + row) * s.heads + head) * s.head_size;
+        widen_row(p.dout, p.dtype, at(s.dout, sequence.batch, row, head), s.head_size, 1.0f, dout);
+        widen_row(p.o, p.dtype, o_from, s.head_size, 1.0f, o);
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t d = 0; d < s.head_size; ++d) sum += widen(dout[d]) * widen(o[d]);
+        for (int64_t d = 0; d < s.head_size; ++d) sum += dout[d] * o[d];
         dot += sum;
       }
       delta[i] = dot;
@@ -468,13 +463,13 @@ FASTFT_AVX512 void run_16(const Problem& p, const Unit& unit, float* scratch) {
 #endif
 
 // Runs all units, the threads taking the next one as they become free.
-template <template <class, int> class Body, class T>
+template <template <int> class Body>
 void run_units(const Problem& p, const std::vector<Unit>& units, int64_t work, int threads) {
-  auto run = run_4<Body<T, 4>>;
-  auto scratch_of = Body<T, 4>::scratch;
+  auto run = run_4<Body<4>>;
+  auto scratch_of = Body<4>::scratch;
 #ifdef FASTFT_X86
-  if (vector_width() == 8) run = run_8<Body<T, 8>>, scratch_of = Body<T, 8>::scratch;
-  if (vector_width() == 16) run = run_16<Body<T, 16>>, scratch_of = Body<T, 16>::scratch;
+  if (vector_width() == 8) run = run_8<Body<8>>, scratch_of = Body<8>::scratch;
+  if (vector_width() == 16) run = run_16<Body<16>>, scratch_of = Body<16>::scratch;
 #endif
   int64_t size = 0;
   for (const Unit& unit : units) size = std::max(size, scratch_of(p, unit));
@@ -554,11 +549,9 @@ void attention_forward(const AttentionShape* shape, const void* q, const void* k
   Problem p{*shape};
   p.q = q, p.k = k, p.v = v, p.out = o, p.lse_out = lse;
   p.cu_seqlens_q = cu_seqlens_q, p.cu_seqlens_k = cu_seqlens_k, p.key_bounds = key_bounds;
-  p.scale = scale, p.softcap = softcap, p.seed = seed;
+  p.scale = scale, p.softcap = softcap, p.seed = seed, p.dtype = dtype;
   const std::vector<Unit> units = forward_units(p);
-  with_type(dtype, [&](auto type) {
-    run_units<Forward, typename decltype(type)::type>(p, units, work_of(p), threads);
-  });
+  run_units<Forward>(p, units, work_of(p), threads);
 }
 
 void attention_backward(const AttentionShape* shape, const void* dout, const float* dlse, const void* q,
@@ -569,16 +562,16 @@ void attention_backward(const AttentionShape* shape, const void* dout, const flo
   p.q = q, p.k = k, p.v = v, p.o = o, p.lse = lse, p.dout = dout, p.dlse = dlse;
   p.dq = dq, p.dk = dk, p.dv = dv;
   p.cu_seqlens_q = cu_seqlens_q, p.cu_seqlens_k = cu_seqlens_k, p.key_bounds = key_bounds;
-  p.scale = scale, p.softcap = softcap, p.seed = seed;
+  p.scale = scale, p.softcap = softcap, p.seed = seed, p.dtype = dtype;
   const int64_t parts = parts_of(p), size = shape->tokens * shape->heads * shape->head_size;
   const std::unique_ptr<float[]> dq_parts(parts == 1 ? nullptr : new float[parts * size]);
   p.dq_parts = dq_parts.get();
   const std::vector<Unit> units = backward_units(p, parts);
+  run_units<Backward>(p, units, work_of(p), threads);
+  if (parts == 1) return;
   with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    run_units<Backward, T>(p, units, work_of(p), threads);
-    if (parts > 1)
-      parallel_for(size, parts * size, threads, AddParts<T>{dq_parts.get(), static_cast<T*>(dq), parts, size});
+    parallel_for(size, parts * size, threads, AddParts<T>{dq_parts.get(), static_cast<T*>(dq), parts, size});
   });
 }
 
