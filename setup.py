@@ -5,12 +5,15 @@ The extension includes no torch header and links no torch library: one build ser
 FASTFT_BUILD_EXT unset   build it if the compiler can, otherwise install without it
 FASTFT_BUILD_EXT=1       build it or fail
 FASTFT_BUILD_EXT=0       do not build it
+FASTFT_BUILD_JOBS=n      compile n files at once; by default as many as there are cores
+CXXFLAGS, NVCC_APPEND_FLAGS   flags that are to win over the ones below
 
 Where nvcc is found (CUDA_HOME/bin or the PATH), csrc/cuda/*.cu are compiled into it too, with CUDA's run-time library linked
 statically: the extension loads where there is no driver. If nvcc fails, the extension is built without them.
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,10 +33,11 @@ if sys.platform.startswith("linux"):
 elif sys.platform == "win32":
     COMPILE = ["/std:c++17", "/O2", "/EHsc", "/fp:precise"]
 
+COMPILE += shlex.split(os.environ.get("CXXFLAGS", ""))
 
 # Machine code for Ampere, Hopper and Blackwell, and PTX for what comes later. No fused multiply-add: the CPU's bits.
 CUDA_ARCHITECTURES = (80, 90, 100)
-NVCC = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC = ["-std=c++17", "-O3", "--fmad=false", "--threads=0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 NVCC += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
 NVCC += [f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}"]
 
@@ -51,6 +55,9 @@ def extensions():
         if mode == "1":
             raise SystemExit("FASTFT_BUILD_EXT=1 needs pybind11: pip install 'pybind11>=2.13'") from None
         return []
+    from pybind11.setup_helpers import ParallelCompile
+
+    ParallelCompile("FASTFT_BUILD_JOBS").install()
     extension = Extension(
         "fastft_kernels._C",
         sources=sorted(glob("csrc/**/*.cpp", recursive=True)),
