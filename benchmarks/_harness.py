@@ -156,6 +156,8 @@ def new_result():
         "ceilings": {},
         "jobs": {},
         "ops": {},
+        "ablations": {},
+        "scaling": {},
     }
 
 

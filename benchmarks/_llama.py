@@ -2,6 +2,7 @@
 
 eager      transformers and PEFT as they come, eager attention, fused AdamW, clipping
 careful    the same with SDPA
+trainer    the careful model in transformers' Trainer, where accelerate is installed
 compiled   the same under torch.compile; with --full only, for it compiles for minutes
 fastft     what `fastft train --use_peft true` does: packed rows, patched layers, its optimizer in the DeepSpeed engine
 
@@ -9,22 +10,24 @@ All start from the same random weights, in the dtype that fastft chooses here. S
 nothing: this job shows the kernels alone.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
+import fastft
+from benchmarks import _trainer
 from benchmarks._harness import measure, peak_bytes
 from fastft.arguments import Arguments
 from fastft.data import Collator
 from fastft.engine import backward, build_engine, choose_dtype, deepspeed_config, init_ranks
-from fastft.models import add_lora, patch_model
+from fastft.models import add_lora
 from fastft.tasks import get_task
 from fastft.train import to_device
 
-SIDES = ("eager", "careful", "compiled", "fastft")
+SIDES = ("eager", "careful", "trainer", "compiled", "fastft")
 WARMUP = 2  # rounds
 PAD = 0
 
@@ -79,9 +82,12 @@ def run(job, rounds, full=False):
     batches = [bench.batch(number) for number in range(WARMUP + rounds)]
     prepared = {name: [side.prepare(batch) for batch in batches] for name, side in sides.items()}
     steps = {name: lambda n, name=name: sides[name].step(prepared[name][n]) for name in sides}
+    if _trainer.why_not() is None:
+        steps["trainer"] = bench.hugging_face("sdpa").in_trainer(prepared["careful"])
     runs = measure(steps, rounds, warmup=WARMUP)
-    for name in sides:
-        runs[name]["peak_bytes"] = peak_bytes(lambda name=name: steps[name](0))
+    for name in steps:
+        runs[name]["peak_bytes"] = None if name == "trainer" else peak_bytes(lambda name=name: steps[name](0))
+    runs = {name: runs[name] for name in SIDES if name in runs}
     return {
         "job": {"name": job.name, **asdict(job)},
         "dtype": str(bench.dtype).removeprefix("torch."),
@@ -135,8 +141,8 @@ class Bench:
     def hugging_face(self, attention, dtype=None, compiled=False):
         return HuggingFace(self, attention, dtype or self.dtype, compiled)
 
-    def fastft(self, dtype=None):
-        return Fastft(self, dtype or self.dtype)
+    def fastft(self, dtype=None, **stage):
+        return Fastft(self, dtype or self.dtype, **stage)
 
     def check(self, tolerance=1e-4):
         """{side: {loss, gradient_norm}} of one batch in fp32. AssertionError where sides disagree: nothing is timed then."""
@@ -184,17 +190,25 @@ class HuggingFace:
         self.optimizer.zero_grad()
         return loss.item()
 
+    def in_trainer(self, batches):
+        """f(round) that takes the next step in transformers' Trainer."""
+        job = self.bench.job
+        settings = {"learning_rate": job.learning_rate, "max_grad_norm": job.max_grad_norm, "seed": job.seed}
+        return _trainer.SteppedTrainer(self.model, batches, **settings).step
+
 
 class Fastft:
-    """The inner loop of fastft/train.py, over the same functions."""
+    """The inner loop of fastft/train.py, over the same functions. `roles` and `optim` are what an ablation leaves out."""
 
-    def __init__(self, bench, dtype):
+    def __init__(self, bench, dtype, roles=None, optim="adamw_torch"):
         self.bench = bench
+        args = replace(bench.args, optim=optim)
         self.model = bench.model("sdpa", dtype)
-        patch_model(self.model, bench.args)
-        self.collate = Collator(SimpleNamespace(pad_token_id=PAD), self.model.config, packing=True)
-        config = deepspeed_config(bench.args, dtype, world_size=1)
-        self.engine, _ = build_engine(self.model, bench.args, config, dtype, total_steps=1000)
+        report = fastft.patch(self.model, roles=roles, verbose=False)
+        packing = report.packing is None
+        self.collate = Collator(SimpleNamespace(pad_token_id=PAD), self.model.config, packing=packing)
+        config = deepspeed_config(args, dtype, world_size=1)
+        self.engine, _ = build_engine(self.model, args, config, dtype, total_steps=1000)
         self.engine.train()
 
     def prepare(self, examples):

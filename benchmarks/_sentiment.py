@@ -1,8 +1,9 @@
-"""The sentiment job: steps of fine-tuning a BERT classifier on short sentences, by three loops over the same batches.
+"""The sentiment job: steps of fine-tuning a BERT classifier on short sentences, by four loops over the same batches.
 
 textbook   what tutorials show: every sentence padded to 128, fp32, eager attention, AdamW
 careful    what an expert writes with Hugging Face and PyTorch: the faster of fp32 and bf16 weights, SDPA, padding to the
            longest sentence of the batch, fused AdamW, clipping, no engine in between
+trainer    the careful model in transformers' Trainer, where accelerate is installed
 fastft     what `fastft train` does: packed batches, patched layers, its optimizer in the DeepSpeed engine at stage 0
 
 All start from the same weights, read text that is tokenised beforehand, and keep the dropout of the model's config.
@@ -12,22 +13,24 @@ The rivals' batches are even padded beforehand, as a data loader's worker would;
 import importlib.util
 import os
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForSequenceClassification, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks._harness import ROOT, measure, timed
+import fastft
+from benchmarks import _trainer
+from benchmarks._harness import ROOT, measure, peak_bytes, timed
 from fastft.arguments import Arguments
 from fastft.data import Collator, StepPlan
 from fastft.engine import backward, build_engine, choose_dtype, deepspeed_config, init_ranks
-from fastft.models import load_model, load_tokenizer, patch_model
+from fastft.models import load_model, load_tokenizer
 from fastft.tasks import get_task
 from fastft.train import to_device
 
-SIDES = ("textbook", "careful", "fastft")
+SIDES = ("textbook", "careful", "trainer", "fastft")
 WARMUP = 2  # rounds
 
 
@@ -93,23 +96,25 @@ def toy_job(folder):
 
 
 def run(job, rounds):
-    """Checks that the three loops compute the same, then times them. Returns what goes into a result's `jobs`."""
+    """Checks that the loops compute the same, then times them. Returns what goes into a result's `jobs`."""
     disable_progress_bar()
     bench = Bench(job)
     check = bench.check()
     dtypes = bench.probe_dtypes()
-    sides = {
-        "textbook": bench.textbook(),
-        "careful": bench.careful(min(dtypes, key=dtypes.get)),
-        "fastft": bench.fastft(),
-    }
+    best = min(dtypes, key=dtypes.get)
+    sides = {"textbook": bench.textbook(), "careful": bench.careful(best), "fastft": bench.fastft()}
     batches = bench.batches(WARMUP + rounds)
     prepared = {name: [side.prepare(batch) for batch in batches] for name, side in sides.items()}
-    steps = {name: lambda n, name=name: sides[name].step(prepared[name][n]) for name in SIDES}
+    steps = {name: lambda n, name=name: sides[name].step(prepared[name][n]) for name in sides}
+    if _trainer.why_not() is None:
+        sides["trainer"] = bench.careful(best)
+        steps["trainer"] = sides["trainer"].in_trainer(prepared["careful"])
     runs = measure(steps, rounds, warmup=WARMUP)
     for name, side in sides.items():
         positions = [side.positions(batch) for batch in batches[WARMUP:]]
         runs[name] |= {"dtype": str(side.dtype).removeprefix("torch."), "positions": sum(positions) / rounds}
+        runs[name]["peak_bytes"] = None if name == "trainer" else peak_bytes(lambda name=name: steps[name](0))
+    runs = {name: runs[name] for name in SIDES if name in runs}
     tokens = sum(len(example["input_ids"]) for batch in batches[WARMUP:] for example in batch)
     return {
         "job": {k: v for k, v in asdict(job).items() if k not in ("model", "train_file", "cache_dir")},  # no paths
@@ -121,7 +126,7 @@ def run(job, rounds):
 
 
 class Bench:
-    """Data and settings that the three loops share."""
+    """Data and settings that the loops share."""
 
     def __init__(self, job):
         self.job = job
@@ -162,8 +167,8 @@ class Bench:
         optimizer = lambda model: torch.optim.AdamW(model.parameters(), lr=self.job.learning_rate, fused=True)
         return HuggingFace(self, dtype, "sdpa", optimizer, max_grad_norm=self.job.max_grad_norm)
 
-    def fastft(self, dtype=None):
-        return Fastft(self, dtype or choose_dtype(self.args, self.device))
+    def fastft(self, dtype=None, **stage):
+        return Fastft(self, dtype or choose_dtype(self.args, self.device), **stage)
 
     def check(self, tolerance=1e-4):
         """{side: {loss, gradient_norm}} of one batch in fp32 without dropout. AssertionError where sides disagree."""
@@ -177,7 +182,7 @@ class Bench:
             side.backward(loss)
             norms = [p.grad.norm() for p in side.model.parameters() if p.grad is not None]
             found[name] = {"loss": loss.item(), "gradient_norm": torch.stack(norms).norm().item()}
-        for name in SIDES:
+        for name in found:
             for what, expected in found["careful"].items():
                 off = abs(found[name][what] - expected) / expected
                 assert off <= tolerance, (
@@ -233,17 +238,23 @@ class HuggingFace:
         self.optimizer.zero_grad()
         return loss.item()
 
+    def in_trainer(self, batches):
+        """f(round) that takes the next step in transformers' Trainer."""
+        job = self.bench.job
+        settings = {"learning_rate": job.learning_rate, "max_grad_norm": job.max_grad_norm, "seed": job.seed}
+        return _trainer.SteppedTrainer(self.model, batches, **settings).step
+
 
 class Fastft:
-    """The inner loop of fastft/train.py, over the same functions."""
+    """The inner loop of fastft/train.py, over the same functions. `roles` and `optim` are what an ablation leaves out."""
 
-    def __init__(self, bench, dtype):
+    def __init__(self, bench, dtype, roles=None, optim="adamw_torch"):
         self.bench, self.dtype = bench, dtype
-        args = bench.args
+        args = replace(bench.args, optim=optim)
         set_seed(args.seed)
         self.model = load_model(args, bench.task, bench.tokenizer, dtype)
-        patch_model(self.model, args)
-        self.collate = Collator(bench.tokenizer, self.model.config, packing=True)
+        report = fastft.patch(self.model, roles=roles, verbose=False)
+        self.collate = Collator(bench.tokenizer, self.model.config, packing=report.packing is None)
         config = deepspeed_config(args, dtype, world_size=1)
         self.engine, _ = build_engine(self.model, args, config, dtype, total_steps=1000)
         self.engine.train()

@@ -27,14 +27,14 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def result(request):
-    """The session's result; a benchmark puts what it measured under `jobs`."""
+    """The session's result; a benchmark puts what it measured under `jobs`, `ablations` or `scaling`."""
     return request.config.stash[RESULT]
 
 
 def pytest_terminal_summary(terminalreporter, config):
     result, folder = config.stash[RESULT], config.getoption("--results")
     result["ops"] = _ops(getattr(config, "_benchmarksession", None))
-    if not result["jobs"] and not result["ops"]:
+    if not any(result[kind] for kind in ("jobs", "ops", "ablations", "scaling")):
         return
     result["ceilings"] = ceilings(config.getoption("--toy"))
     terminalreporter.section("ratios")
@@ -48,6 +48,6 @@ def _ops(session):
     groups = {}
     for bench in session.benchmarks if session else []:
         side = (bench.params or {}).get("side")
-        if side and bench.group and not bench.group.endswith("a step of training") and not bench.has_error:
+        if side and bench.group and "a step of training" not in bench.group and not bench.has_error:
             groups.setdefault(bench.group, {})[side] = {"wall": list(bench.stats.data)}
     return {group: sides for group, sides in groups.items() if "fastft" in sides and len(sides) > 1}

@@ -21,6 +21,9 @@ def render(result):
     parts = []
     for kind, job in result["jobs"].items():
         parts.append({"sentiment": _sentiment, "lora": _lora}[kind](job, result["machine"]))
+    parts += [_ablation(name, runs) for name, runs in result.get("ablations", {}).items()]
+    if result.get("scaling"):
+        parts.append(_scaling(result["scaling"]))
     if result.get("ops"):
         parts.append(_ops(result["ops"]))
     load = result["machine"]["load"]
@@ -86,6 +89,53 @@ def _lora(job, machine):
     return "\n".join(rows)
 
 
+def _ablation(name, runs):
+    first = runs["careful"]
+    rows = [
+        f"What each part brings: {name}. Each stage on top of the one before; speed-up over the careful loop, over the "
+        "stage before, and the most memory that a step held above what it held before, over the careful loop's.",
+        "",
+        "| stage | over careful | over the stage before | memory |",
+        "|---|---|---|---|",
+        "| careful | 1 | | 1 |",
+    ]
+    stages = list(runs.items())
+    for (_, before), (stage, run) in zip(stages, stages[1:], strict=False):
+        memory = f"{run['peak_bytes'] / first['peak_bytes']:.2f}" if first["peak_bytes"] else ""
+        rows.append(f"| {stage} | {_interval(first, run, 'wall')} | {_interval(before, run, 'wall')} | {memory} |")
+    return "\n".join(rows)
+
+
+def _scaling(curves):
+    """One row for each point: speed and memory relative to the careful loop, tokens per second to the curve's first point."""
+    rows = [
+        "Scaling of the LoRA job (2 x 256 tokens, 4 layers, but for the size that changes): speed-up over the careful loop, "
+        "memory of a step over the careful loop's, and fastft's tokens per second over those at the first point.",
+        "",
+        "| size | value | speed-up | memory | tokens/s |",
+        "|---|---|---|---|---|",
+    ]
+    for size, points in curves.items():
+        rates = [_rate(point) for point in points]
+        for point, rate in zip(points, rates, strict=True):
+            cells = ["", ""]
+            if "careful" in point.get("sides", {}):
+                theirs, ours = point["sides"]["careful"], point["sides"]["fastft"]
+                memory = f"{ours['peak_bytes'] / theirs['peak_bytes']:.2f}" if theirs["peak_bytes"] else ""
+                cells = [_interval(theirs, ours, "wall"), memory]
+            elif "sides" in point:
+                cells = ["the careful loop has no room", ""]
+            rows.append(f"| {size} | {point['value']} | {' | '.join(cells)} | {rate / rates[0]:.2f} |")
+    return "\n".join(rows)
+
+
+def _rate(point):
+    """fastft's tokens per second at a point of a curve."""
+    if "tokens_per_second" in point:
+        return statistics.median(point["tokens_per_second"])
+    return point["tokens"] / statistics.median(point["sides"]["fastft"]["wall"])
+
+
 def _ops(groups):
     rivals = sorted({side for sides in groups.values() for side in sides} - {"fastft"})
     rows = [
@@ -116,7 +166,10 @@ def _interval(theirs, ours, clock):
 
 
 def plot(result, folder):
-    """PNG bars of every ratio with its interval: one file for the jobs, one for the ops. Returns [(title, path)]."""
+    """PNG plots: bars of every ratio with its interval, for jobs and ops; the stages of the ablations; the scaling curves.
+
+    Returns [(title, path)].
+    """
     charts = []
     jobs = {job["job"]["name"]: job["sides"] for job in result["jobs"].values()}
     for title, name, groups in (
@@ -125,7 +178,60 @@ def plot(result, folder):
     ):
         if groups:
             charts.append((title, _bars(title, groups, folder / name)))
+    if result.get("ablations"):
+        title = "What each part brings: a step's time over the careful loop's"
+        charts.insert(1, (title, _stairs(title, result["ablations"], folder / "ablation.png")))
+    if result.get("scaling"):
+        title = "Scaling: tokens per second, relative to the careful loop at the first point"
+        charts.insert(2, (title, _curves(title, result["scaling"], folder / "scaling.png")))
     return charts
+
+
+def _stairs(title, ablations, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 0.8 + 2.6 * len(ablations)), layout="constrained")
+    for axes, (name, runs) in zip(figure.subplots(len(ablations), squeeze=False)[:, 0], ablations.items(), strict=True):
+        first = runs["careful"]
+        times = [1 / speedup(first["wall"], run["wall"])[0] for run in runs.values()]
+        axes.barh(range(len(runs)), times, color=["#888888"] + ["#2a7f62"] * (len(runs) - 1), label="time")
+        if first["peak_bytes"]:
+            memory = [run["peak_bytes"] / first["peak_bytes"] for run in runs.values()]
+            axes.plot(memory, range(len(runs)), "D", color="#c08a2b", label="memory")
+        axes.set_yticks(range(len(runs)), list(runs), fontsize=8)
+        axes.invert_yaxis()
+        axes.set_title(name, fontsize=9)
+        axes.legend(fontsize=8, loc="lower right")
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _curves(title, curves, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3 * ((len(curves) + 2) // 3)), layout="constrained")
+    grid = figure.subplots((len(curves) + 2) // 3, 3, squeeze=False).flatten()
+    for axes, (size, points) in zip(grid, curves.items(), strict=False):
+        values = [point["value"] for point in points]
+        if "sides" in points[0]:
+            base = points[0]["tokens"] / statistics.median(points[0]["sides"]["careful"]["wall"])
+            for side, colour in (("careful", "#888888"), ("fastft", "#2a7f62")):
+                known = [point for point in points if side in point["sides"]]
+                rates = [p["tokens"] / statistics.median(p["sides"][side]["wall"]) / base for p in known]
+                axes.plot([p["value"] for p in known], rates, "o-", color=colour, label=side)
+            axes.set_xscale("log", base=2)
+            axes.legend(fontsize=8)
+        else:
+            rates = [_rate(point) for point in points]
+            axes.bar([str(value) for value in values], [rate / rates[0] for rate in rates], color="#2a7f62")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel(size, fontsize=9)
+    for axes in grid[len(curves) :]:
+        axes.set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+    return path
 
 
 def _bars(title, groups, path):
@@ -148,7 +254,7 @@ def _bars(title, groups, path):
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(
-        "the rival's time over fastft's; right of 1 fastft is faster; lines are 95 % intervals; pale blue is the floor"
+        "the rival's time over fastft's; right of 1 fastft is faster\nlines are 95 % intervals; pale blue is the floor"
     )
     axes.set_title(title, fontsize=11)
     figure.savefig(path, dpi=110)

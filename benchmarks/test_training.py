@@ -6,7 +6,7 @@ pytest-benchmark's table. The ratios, which pair the loops round by round, follo
 
 import pytest
 
-from benchmarks import _llama, _sentiment
+from benchmarks import _llama, _sentiment, _trainer
 from benchmarks._harness import Replay, speedup
 
 replay = Replay()
@@ -26,6 +26,8 @@ def sides(request, tmp_path_factory, result):
 @pytest.mark.benchmark(group="sentiment: a step of training", timer=replay.clock)
 @pytest.mark.parametrize("side", _sentiment.SIDES)
 def test_sentiment(benchmark, sides, side):
+    if side not in sides:
+        pytest.skip(_trainer.why_not())
     benchmark.extra_info["speedup_of_fastft"] = speedup(sides[side]["wall"], sides["fastft"]["wall"])
     replay(benchmark, sides[side]["wall"])
 
@@ -42,6 +44,6 @@ def lora_sides(request, result):
 @pytest.mark.parametrize("side", _llama.SIDES)
 def test_lora(benchmark, lora_sides, side):
     if side not in lora_sides:
-        pytest.skip(f"{side} is measured with --full only")
+        pytest.skip(_trainer.why_not() if side == "trainer" else f"{side} is measured with --full only")
     benchmark.extra_info["speedup_of_fastft"] = speedup(lora_sides[side]["wall"], lora_sides["fastft"]["wall"])
     replay(benchmark, lora_sides[side]["wall"])
