@@ -15,7 +15,6 @@ from fastft import ops
 from fastft.ops import dispatch
 from fastft.patching.families import layer_class
 
-
 QKV = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
 """What the three layers that read the hidden states are called in attention."""
 
