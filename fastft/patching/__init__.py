@@ -7,7 +7,7 @@ what they are; saving, PEFT, gradient checkpointing and ZeRO-3 see no difference
     attention   self-attention, padded or packed, as attn_implementation="fastft"    attention.py
     norm        RMSNorm, LayerNorm, and BERT's with dropout and residual in front    layers.py
     dropout     nn.Dropout, with fewer random draws                                  layers.py
-    lora        PEFT's lora.Linear, and MLPs of three such                           lora.py
+    lora        PEFT's lora.Linear: alone, q with k and v, MLPs of three such        lora.py
     mlp         the gated activation of an MLP                                       layers.py
     linear      nn.Linear in half precision, on a CPU without instructions for it    layers.py
     loss        of a causal language model in training, from hidden states           loss.py
@@ -29,7 +29,10 @@ from fastft.patching.families import family_of, layer_class, why_not_packed, why
 from fastft.patching.loss import why_not_fused
 from fastft.patching.report import PatchReport
 
-__all__ = ["PatchReport", "patch", "unpatch", "why_not", "why_not_fused"]
+__all__ = ["ROLES", "PatchReport", "patch", "unpatch", "why_not", "why_not_fused"]
+
+ROLES = ("attention", "norm", "dropout", "lora", "mlp", "linear", "loss", "pooling")
+NOT_ASKED_FOR = "it is not among the roles that were asked for"
 
 
 @dataclass
@@ -38,22 +41,32 @@ class _Patch:
 
     report: PatchReport
     attn_implementation: str
+    roles: frozenset
 
 
-def patch(model, *, verbose=True):
+def patch(model, *, roles=None, verbose=True):
     """Patches `model` in place and returns a PatchReport, printed if `verbose`. A patched model is left as it is.
 
-    model: a transformers model of one of the architectures in families.py, or a PEFT model around one.
+    model: a transformers model of one of the architectures in families.py, or a PEFT model around one. Adapters come first:
+    a layer that PEFT wraps later computes as PEFT does.
+    roles: names of those to replace, all by default; the others are kept. Without `attention` no packed rows.
     Where a backend was asked for (`fastft.backend`, `--kernels`), a role that has no such kernel is kept, and reported.
-    Raises ValueError for other models, with the architectures that are supported, and BackendError where a backend was
-    asked for but a LoRA layer would compute as PEFT does.
+    Raises ValueError for other models, with the architectures that are supported, for an unknown role, and for other roles
+    than a patched model was patched with; BackendError where a backend was asked for but a LoRA layer would compute as PEFT
+    does, in a later call too.
     """
     reason = why_not(model)
     if reason is not None:
         raise ValueError(f"fastft.patch: {reason}")
+    wanted = _check_roles(roles)
     inner = _unwrap(model)
     if "_fastft_patch" not in inner.__dict__:
-        inner._fastft_patch = _patch(model, inner)
+        inner._fastft_patch = _patch(model, inner, wanted)
+    elif roles is not None and wanted != inner._fastft_patch.roles:
+        before = ", ".join(role for role in ROLES if role in inner._fastft_patch.roles)
+        raise ValueError(
+            f"fastft.patch: the model is patched already, with the roles {before}: call fastft.unpatch first"
+        )
     report = inner._fastft_patch.report
     if verbose:
         print(report)
@@ -102,8 +115,20 @@ def _unwrap(model):
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
-def _patch(model, inner):
-    lora.check_forced(inner)
+def _check_roles(roles):
+    """The roles as a set. Raises ValueError for a name that is none."""
+    if roles is None:
+        return frozenset(ROLES)
+    wanted = frozenset([roles] if isinstance(roles, str) else roles)
+    unknown = sorted(map(str, wanted - set(ROLES)))
+    if unknown:
+        raise ValueError(f"fastft.patch: roles has {', '.join(unknown)}: choose among {', '.join(ROLES)}")
+    return wanted
+
+
+def _patch(model, inner, roles):
+    if "lora" in roles:
+        lora.check_forced(inner, _why_not_served("lora", inner))
     previous = inner.config._attn_implementation
     replaced, kept = {}, {}
     for role, op, replace in (
@@ -116,6 +141,7 @@ def _patch(model, inner):
     ):
         reason = getattr(family_of(inner.config), f"keeps_{role}", None) or _why_not_served(op, inner)
         reason = reason or (_why_not_faster(inner) if role == "mlp" else None)
+        reason = reason if role in roles else NOT_ASKED_FOR
         count = replace(model, inner) if reason is None else 0
         if count:
             replaced[role] = count
@@ -123,15 +149,23 @@ def _patch(model, inner):
             kept[role] = reason
     if type(inner) is layer_class(inner.config, "ForCausalLM"):
         reason = _why_not_served("cross_entropy", inner) or loss.why_kept(inner)
+        reason = reason if "loss" in roles else NOT_ASKED_FOR
         if reason is None:
             replaced["loss"] = loss.replace(inner)
         else:
             kept["loss"] = reason
     packs = f"attention is kept: {kept['attention']}" if "attention" in kept else why_not_packed(inner)
+    if packs is None and "pooling" not in roles and _pools(inner):
+        kept["pooling"] = NOT_ASKED_FOR
+        packs = f"pooling is kept: {NOT_ASKED_FOR}"
+    if packs is not None and "attention" in replaced:
+        for module in {inner.base_model, inner}:
+            module.fastft_why_not_packed = packs
     pooled = _replace_pooling(inner) if packs is None else 0
     if pooled:
         replaced["pooling"] = pooled
-    return _Patch(PatchReport(type(inner).__name__, replaced, kept, packs, lora.kept(inner)), previous)
+    lora_kept = lora.kept(inner) if "lora" in roles else {}
+    return _Patch(PatchReport(type(inner).__name__, replaced, kept, packs, lora_kept), previous, roles)
 
 
 def _why_not_served(op, inner):
@@ -207,9 +241,12 @@ def _replace_dropouts(model, inner):
 
 
 def _replace_lora(model, inner):
-    linears, mlps = lora.replaceable(inner)
+    linears, mlps, attentions = lora.replaceable(inner)
     _bind(mlps, lora.mlp)
+    _bind(attentions, lora.attention)
     kept = lora.kept(inner)
+    for name, module in lora.find(inner).items():
+        module.__dict__["fastft_name"] = name
     return _bind(linears, lora.linear) - sum(
         module in linears for name, module in lora.find(inner).items() if name in kept
     )
@@ -218,6 +255,12 @@ def _replace_lora(model, inner):
 def _replace_linears(model, inner):
     linears = [m for m in inner.modules() if type(m) is nn.Linear]
     return _bind([m for m in linears if m.weight.device.type == "cpu" and not native(m.weight.dtype)], layers.linear)
+
+
+def _pools(inner):
+    """Whether its results on packed rows need the role `pooling`."""
+    has_pooler = getattr(inner.base_model, "pooler", None) is not None
+    return has_pooler or type(inner) is layer_class(inner.config, "ForSequenceClassification")
 
 
 def _replace_pooling(inner):

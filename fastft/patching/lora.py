@@ -1,8 +1,9 @@
-"""Role `lora`: PEFT's lora.Linear, and gated MLPs whose three layers are such, through fastft.ops.lora_*.
+"""Role `lora`: PEFT's lora.Linear, alone, as q, k and v of attention, or as a gated MLP, through fastft.ops.lora_*.
 
 PEFT may add, switch, merge or disable adapters at any time, so each call looks at the state of its layer; what the ops do
 not compute goes to the layer's own forward. Parameters are read as attributes inside a module's __call__ and saved as the
-Parameters they are, which is what ZeRO-3 needs to gather them.
+Parameters they are, which is what ZeRO-3 needs to gather them. Where a backend was asked for, an update that it would not
+compute is an error that names the layer.
 """
 
 import sys
@@ -13,6 +14,9 @@ from torch import nn
 from fastft import ops
 from fastft.ops import dispatch
 from fastft.patching.families import layer_class
+
+QKV = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
+"""What the three layers that read the hidden states are called in attention."""
 
 
 def find(inner):
@@ -36,20 +40,30 @@ def kept(inner):
 
 
 def replaceable(inner):
-    """([lora.Linear ...], [gated MLPs of such ...]): those whose forward can be bound."""
+    """([lora.Linear ...], [gated MLPs of such ...], [attentions with q, k and v of such ...]): whose forward can be bound."""
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     linears = [m for m in find(inner).values() if _why_not_class(m) is None and m is not head]
     MLP = layer_class(inner.config, "MLP")
     parts = lambda m: [getattr(m, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     is_silu = getattr(inner.config, "hidden_act", None) == "silu"
     mlps = [m for m in inner.modules() if type(m) is MLP] if is_silu and linears else []
-    return linears, [m for m in mlps if all(part in linears for part in parts(m))]
+    ours = set(linears)
+    attentions = [m for m in inner.modules() if ours.issuperset(_qkv(m))] if linears else []
+    return linears, [m for m in mlps if all(part in ours for part in parts(m))], attentions
 
 
-def check_forced(inner):
-    """Raises BackendError where a backend was asked for and some layer would compute as PEFT does."""
-    name, reasons = dispatch.requested(), kept(inner)
-    if name in ("triton", "cpp") and reasons:
+def check_forced(inner, not_served):
+    """Raises BackendError where a backend was asked for and some layer's update would be computed by PEFT.
+
+    not_served: why the backend has no kernel for LoRA layers at all, or None.
+    """
+    name, layers = dispatch.requested(), find(inner)
+    if name not in ("triton", "cpp"):
+        return
+    reasons = {n: reason for n, reason in kept(inner).items() if not _has_no_update(layers[n])}
+    if not_served is not None:
+        reasons = {n: not_served for n, layer in layers.items() if not _has_no_update(layer)}
+    if reasons:
         layer, reason = next(iter(reasons.items()))
         raise dispatch.BackendError(
             f"lora: backend {name!r} was asked for but cannot serve {len(reasons)} layers, first {layer}: {reason}"
@@ -57,15 +71,40 @@ def check_forced(inner):
 
 
 def linear(self, x, *args, **kwargs):
-    if args or kwargs or not _serves(x, self):
-        return type(self).forward(self, x, *args, **kwargs)
-    return ops.lora_linear(x, *_parameters(self), dropout_p=_dropout(self))
+    ready = self.__dict__.pop("fastft_ready", None)
+    if ready is not None and ready[0] is x:
+        return ready[1]
+    reason = "it was called with arguments of PEFT's own" if args or kwargs else _why_not_served(x, self)
+    if reason is None:
+        return ops.lora_linear(x, *_parameters(self), dropout_p=_dropout(self))
+    if dispatch.requested() in ("triton", "cpp") and not _has_no_update(self):
+        raise dispatch.BackendError(
+            f"lora: backend {dispatch.requested()!r} was asked for but cannot serve {self.fastft_name}: {reason}"
+        )
+    return type(self).forward(self, x, *args, **kwargs)
+
+
+def attention(self, hidden_states, *args, **kwargs):
+    """Forward of attention: q, k and v are computed together, with a mask each, and handed to the layers that are asked."""
+    layers = [getattr(self, name) for name in _qkv_names(self)]
+    p = _shared_dropout(hidden_states, layers)
+    # Under ZeRO-3 each layer is called for its own: its hooks gather and release its weights.
+    if p is None or hasattr(layers[0].base_layer.weight, "ds_id"):
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    ys = ops.lora_group(hidden_states, map(_parameters, layers), dropout_p=p)
+    for layer, y in zip(layers, ys, strict=True):
+        layer.__dict__["fastft_ready"] = hidden_states, y
+    try:
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    finally:  # else they would be kept where something interrupts, as activation checkpointing does
+        for layer in layers:
+            layer.__dict__.pop("fastft_ready", None)
 
 
 def mlp(self, x):
     layers = self.gate_proj, self.up_proj, self.down_proj
-    p = _dropout(layers[0]) if _serves(x, *layers) else None
-    if p is None or any(_dropout(layer) != p for layer in layers) or any(map(_is_watched, layers)):
+    p = _shared_dropout(x, layers)
+    if p is None:
         return type(self).forward(self, x)
     return ops.lora_mlp(x, *map(_parameters, layers), dropout_p=p)
 
@@ -101,12 +140,37 @@ def _why_not_class(layer):
     return None
 
 
-def _serves(x, *layers):
-    if any(why_not(layer) is not None for layer in layers):
-        return False
-    if torch.is_autocast_enabled(x.device.type):
-        return True
-    return all(layer.base_layer.weight.dtype == x.dtype for layer in layers)
+def _has_no_update(layer):
+    """Whether the layer is its frozen base alone: nothing of LoRA is left to compute."""
+    held = {*layer.lora_A, *layer.lora_embedding_A}
+    return layer.disable_adapters or bool(layer.merged) or held.isdisjoint(layer.active_adapters)
+
+
+def _why_not_served(x, layer):
+    """Why `x` goes through the layer's own forward, or None."""
+    reason = why_not(layer)
+    weight = layer.base_layer.weight
+    if reason is not None or torch.is_autocast_enabled(x.device.type) or weight.dtype == x.dtype:
+        return reason
+    return f"its input is {x.dtype} and its weight {weight.dtype}"
+
+
+def _shared_dropout(x, layers):
+    """The dropout of layers that can be computed as a group; None where they cannot."""
+    if any(_why_not_served(x, layer) is not None or _is_watched(layer) for layer in layers):
+        return None
+    first, *others = map(_dropout, layers)
+    return first if all(p == first for p in others) else None
+
+
+def _qkv_names(module):
+    return next((names for names in QKV if all(name in module._modules for name in names)), None)
+
+
+def _qkv(module):
+    """The layers of q, k and v, or [None]."""
+    names = _qkv_names(module)
+    return [None] if names is None else [module._modules[name] for name in names]
 
 
 def _active(layer):

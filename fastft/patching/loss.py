@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from fastft import ops
 from fastft.ops.linear_cross_entropy import KeptRows
+from fastft.patching.families import family_of
 
 IGNORED = -100
 
@@ -116,6 +117,8 @@ def replace(inner):
 
 def why_kept(inner):
     """Why the loss of this model stays as it is, or None."""
+    if not family_of(inner.config).decoder:
+        return "its head transforms the hidden states before it multiplies them"
     if getattr(inner, "loss_function", None) is not ForCausalLMLoss:
         return "its loss is not that of causal language models"
     if not _leaves(inner.get_output_embeddings()):

@@ -35,6 +35,8 @@ def enter(module, args, kwargs):
         module.pooler.fastft_cu_seqlens = None if FIRST_TOKENS_ONLY in kwargs else cu_seqlens
     if cu_seqlens is None:
         return None
+    if hasattr(module, "fastft_why_not_packed"):
+        raise ValueError(f"packed rows for a {type(module).__name__}: {module.fastft_why_not_packed}")
     kwargs.update(cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens)
     if family_of(module.config).decoder and kwargs.get("use_cache") is None:
         kwargs["use_cache"] = False  # else keys and values would be copied into a cache that nobody reads

@@ -25,7 +25,8 @@ class PatchReport:
     def __str__(self):
         replaced = ", ".join(f"{role} ({count})" for role, count in self.replaced.items())
         lines = [f"fastft patched {self.model}: {replaced or 'nothing'}"]
-        lines += [f"  kept {role}: {reason}" for role, reason in self.kept.items()]
+        for reason in dict.fromkeys(self.kept.values()):
+            lines.append(f"  kept {', '.join(role for role, its in self.kept.items() if its == reason)}: {reason}")
         for reason in dict.fromkeys(self.lora_kept.values()):
             names = [name for name, its in self.lora_kept.items() if its == reason]
             lines.append(f"  kept lora in {len(names)} layers ({names[0]}{' ...' * (len(names) > 1)}): {reason}")

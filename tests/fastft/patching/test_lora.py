@@ -11,6 +11,7 @@ from torch import nn
 import fastft
 from fastft import ops
 from fastft.patching import lora
+from fastft_kernels.cpp import extension
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def assert_close(ours, plain, relative=1e-5):
 @pytest.fixture
 def calls(monkeypatch):
     """Counts the calls of the ops."""
-    counts = dict.fromkeys(("lora_linear", "lora_mlp"), 0)
+    counts = dict.fromkeys(("lora_linear", "lora_group", "lora_mlp"), 0)
     for name in counts:
 
         def counted(op, name, *args, **kwargs):
@@ -72,7 +73,8 @@ def test_same_losses_and_gradients(family, peft_model, calls):
     report = fastft.patch(model, verbose=False)
     assert_close(step(model), expected)
     mlps = 2 if family in ("llama", "qwen2") else 0
-    assert calls["lora_mlp"] == mlps and calls["lora_linear"] + 3 * mlps == report.replaced["lora"]
+    assert calls["lora_mlp"] == mlps and calls["lora_group"] == (0 if family == "phi3" else 2)
+    assert calls["lora_linear"] + 3 * (mlps + calls["lora_group"]) == report.replaced["lora"]
     fastft.unpatch(model)
     assert all(torch.equal(a, b) for a, b in zip(step(model), expected, strict=True))
 
@@ -176,6 +178,29 @@ def test_what_computes_as_peft_does(reason, peft_model, calls):
     assert sum(calls.values()) == 0
 
 
+def test_a_backend_that_was_asked_for_serves_or_names_the_layer(peft_model, calls):
+    """Also where PEFT changes an adapter after patching, and where the backend has no kernel at all."""
+    model = peft_model()
+    with fastft.backend("triton"), pytest.raises(fastft.BackendError, match="14 layers, first .*q_proj: "):
+        fastft.patch(model, verbose=False)
+    assert "_fastft_patch" not in model.get_base_model().__dict__
+    if extension.missing is not None:
+        pytest.skip(str(extension.missing))
+    with fastft.backend("cpp"):
+        fastft.patch(model, verbose=False)
+        step(model)
+        assert calls["lora_group"] == calls["lora_mlp"] == calls["lora_linear"] == 2
+        with model.disable_adapter():
+            model(**batch())  # nothing of LoRA is left to compute
+        model.add_adapter("b", SECOND)
+        model.base_model.set_adapter(["default", "b"])
+        with pytest.raises(
+            fastft.BackendError, match="cannot serve model.layers.0.self_attn.q_proj: 2 of its adapters"
+        ):
+            step(model)
+    step(model)
+
+
 def test_an_mlp_that_somebody_watches_calls_its_layers(peft_model, calls):
     model = peft_model()
     fastft.patch(model, verbose=False)
@@ -183,6 +208,37 @@ def test_an_mlp_that_somebody_watches_calls_its_layers(peft_model, calls):
     model.get_base_model().model.layers[0].mlp.gate_proj.register_forward_hook(lambda *args: seen.append(args[2].shape))
     step(model)
     assert seen == [(3, 11, 48)] and calls["lora_mlp"] == 1
+
+
+def test_q_k_and_v_draw_a_mask_each(peft_model, calls):
+    """One op for the three: with the seeds it drew, each layer's output is that of the layer alone."""
+    model = peft_model(lora_dropout=0.5)
+    fastft.patch(model, verbose=False)
+    attention = model.get_base_model().model.layers[0].self_attn
+    layers, x = [attention.q_proj, attention.k_proj, attention.v_proj], torch.randn(1, 7, 32)
+    seen = []
+    for layer in layers:
+        layer.forward = lambda x, layer=layer, forward=layer.forward: seen.append(forward(x)) or seen[-1]
+    positions = model.get_base_model().model.rotary_emb(x, torch.arange(7)[None])
+    torch.manual_seed(3)
+    attention(x, position_embeddings=positions, attention_mask=None)
+    torch.manual_seed(3)
+    seeds = torch.randint(2**63 - 1, (3,)).tolist()
+    assert calls["lora_group"] == 1 and len(set(seeds)) == 3
+    for y, layer, seed in zip(seen, layers, seeds, strict=True):
+        alone = ops.lora_linear(x, *lora._parameters(layer), dropout_p=0.5, seed=seed)
+        torch.testing.assert_close(y, alone, rtol=1e-5, atol=1e-5)
+    assert not any("fastft_ready" in layer.__dict__ for layer in layers)
+
+
+def test_a_projection_that_somebody_watches_is_called_for_its_own(peft_model, calls):
+    model = peft_model()
+    expected = step(model)
+    fastft.patch(model, verbose=False)
+    layer = model.get_base_model().model.layers[0].self_attn.k_proj
+    layer.register_forward_pre_hook(lambda module, args: (args[0] * 1.0,))
+    assert_close(step(model), expected)
+    assert calls["lora_group"] == 1
 
 
 def test_fp32_adapters_on_a_bf16_model(peft_model, calls):

@@ -50,6 +50,15 @@ def test_loss_and_gradients_without_logits(family, tied, tiny):
     assert torch.equal(results(model, batch())[0], expected[0][0]) and model(**batch()).logits is not None
 
 
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta"])
+def test_heads_of_more_than_a_product_keep_their_loss(family, tiny):
+    model = tiny(family, "ForCausalLM")
+    expected = results(model, batch())
+    report = fastft.patch(model, verbose=False)
+    assert "transforms the hidden states" in report.kept["loss"] and model(**batch()).logits is not None
+    assert_close(results(model, batch()), expected)
+
+
 def test_logits_where_they_are_wanted(tiny):
     model = tiny("llama")
     fastft.patch(model, verbose=False)

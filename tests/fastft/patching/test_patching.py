@@ -9,7 +9,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 import fastft
-from fastft.patching import attention, why_not
+from fastft.patching import ROLES, attention, why_not
 from fastft.patching.families import FAMILIES
 from fastft_kernels.cpp import extension
 
@@ -38,10 +38,12 @@ def results(model, batch):
     return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-def assert_close(actual, expected):
+def assert_close(actual, expected, exact=None):
+    """exact: the same in float64; then `actual` may be no further from it than `expected` is, but for the tolerance."""
     scale = max(x.abs().max() for x in expected[1:]) / 30  # the gradient of a key's bias is 0 but for rounding
-    for x, y in zip(actual, expected, strict=True):
-        assert x.shape == y.shape and (x - y).abs().max() <= 1e-5 * max(y.abs().max(), scale)
+    for x, y, z in zip(actual, expected, exact or expected, strict=True):
+        assert x.shape == y.shape
+        assert (x - z).abs().max() <= (y - z).abs().max() + 1e-5 * max(y.abs().max(), scale)
 
 
 # Not encoders padded on the left: their positions count from the left edge.
@@ -124,7 +126,7 @@ def test_peft(family, order, tiny, examples):
 
     model = adapt(tiny(family))
     batch = padded(model, examples)
-    expected = results(model, batch)
+    expected, exact = results(model, batch), results(model.double(), batch)
     model = tiny(family)
     if order == "adapt, then patch":
         model = adapt(model)
@@ -134,7 +136,7 @@ def test_peft(family, order, tiny, examples):
         model = adapt(model)
     assert report.replaced["attention"] == 2
     assert fastft.patch(model, verbose=False) is report
-    assert_close(results(model, batch), expected)
+    assert_close(results(model, batch), expected, exact)
     merged = copy.deepcopy(model).merge_and_unload()
     torch.testing.assert_close(merged(**batch).logits, model(**batch).logits, rtol=1e-3, atol=1e-4)
     fastft.unpatch(model)
@@ -297,6 +299,50 @@ def test_gated_mlps(tiny, examples):
         with fastft.backend(name):
             assert fastft.patch(model, verbose=False).replaced["mlp"] == 2
             assert_close(results(model, batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "roles"),
+    [
+        ("llama", None, ["norm"]),
+        ("llama", None, ["attention", "loss"]),
+        ("bert", None, ("norm", "dropout")),
+        ("gemma2", None, "mlp"),
+        ("llama", None, []),
+    ],
+)
+def test_roles_that_were_asked_for(family, head, roles, tiny, examples):
+    model = tiny(family, head, **({"hidden_dropout_prob": 0.1} if family == "bert" else {})).eval()
+    batch = padded(model, examples)
+    expected = results(model, batch)
+    report = fastft.patch(model, roles=roles, verbose=False)
+    asked = {roles} if isinstance(roles, str) else set(roles)
+    assert set(report.replaced) == asked and not asked & set(report.kept)
+    assert {"attention", "norm"} - asked <= set(report.kept) and "not among the roles" in str(report)
+    assert (report.packing is None) == ("attention" in asked)
+    assert_close(results(model, batch), expected)
+    with pytest.raises(ValueError, match="patched already, with the roles"):
+        fastft.patch(model, roles=["dropout", "linear"], verbose=False)
+    assert fastft.patch(model, verbose=False) is fastft.patch(model, roles=roles, verbose=False) is report
+    fastft.unpatch(model)
+    assert all(torch.equal(x, y) for x, y in zip(results(model, batch), expected, strict=True))
+
+
+def test_roles_that_do_not_exist(tiny):
+    model = tiny("llama")
+    with pytest.raises(ValueError, match=f"roles has norms: choose among {', '.join(ROLES)}"):
+        fastft.patch(model, roles=["attention", "norms"], verbose=False)
+    assert "_fastft_patch" not in model.__dict__
+
+
+def test_packed_rows_are_refused_where_they_would_be_misread(tiny, examples, collate):
+    """A classifier without fastft's pooling reads one token a row."""
+    model = tiny("llama", "ForSequenceClassification")
+    report = fastft.patch(model, roles=set(ROLES) - {"pooling"}, verbose=False)
+    assert report.packing == f"pooling is kept: {report.kept['pooling']}"
+    model(**padded(model, examples))
+    with pytest.raises(ValueError, match="packed rows for a LlamaForSequenceClassification: pooling is kept"):
+        model(**collate(model, examples(model, "class"), True))
 
 
 def test_report(tiny, capsys):
