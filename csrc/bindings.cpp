@@ -18,6 +18,7 @@
 #include "cpu/lora.h"
 #include "cpu/attention.h"
 #include "cpu/rms_norm.h"
+#include "cpu/rope.h"
 #ifdef FASTFT_CUDA
 #include "cuda/adamw8bit.h"
 #endif
@@ -99,5 +100,6 @@ PYBIND11_MODULE(_C, module) {
   define(module, "attention_backward", attention_backward);
   define(module, "rms_norm_forward", rms_norm_forward);
   define(module, "rms_norm_backward", rms_norm_backward);
+  define(module, "rope", rope);
   define(module, "square_sum", square_sum);
 }

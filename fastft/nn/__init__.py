@@ -6,5 +6,14 @@ from fastft.nn.layer_norm import LayerNorm
 from fastft.nn.linear_cross_entropy import LinearCrossEntropyLoss
 from fastft.nn.lora import LoRALinear
 from fastft.nn.rms_norm import RMSNorm
+from fastft.nn.rope import RotaryEmbedding
 
-__all__ = ["Dropout", "FusedAttention", "LayerNorm", "LinearCrossEntropyLoss", "LoRALinear", "RMSNorm"]
+__all__ = [
+    "Dropout",
+    "FusedAttention",
+    "LayerNorm",
+    "LinearCrossEntropyLoss",
+    "LoRALinear",
+    "RMSNorm",
+    "RotaryEmbedding",
+]

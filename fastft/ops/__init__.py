@@ -13,6 +13,7 @@ from fastft.ops.linear_distillation import linear_distillation
 from fastft.ops.lora import lora_group, lora_linear
 from fastft.ops.lora_mlp import lora_mlp
 from fastft.ops.rms_norm import rms_norm
+from fastft.ops.rope import rope
 
 __all__ = [
     "attention",
@@ -26,5 +27,6 @@ __all__ = [
     "lora_linear",
     "lora_mlp",
     "rms_norm",
+    "rope",
     "swiglu",
 ]

@@ -5,6 +5,7 @@ layers of an architecture play which. Forwards are bound to single layers, so pa
 what they are; saving, PEFT, gradient checkpointing and ZeRO-3 see no difference.
 
     attention   self-attention, padded or packed, as attn_implementation="fastft"    attention.py
+    rope        rotary position embedding of queries and keys                        rope.py
     norm        RMSNorm, LayerNorm, and BERT's with dropout and residual in front    layers.py
     dropout     nn.Dropout, with fewer random draws                                  layers.py
     lora        PEFT's lora.Linear: alone, q with k and v, MLPs of three such        lora.py
@@ -24,7 +25,7 @@ from torch import nn
 
 from fastft.ops import dispatch
 from fastft.ops.linear import native
-from fastft.patching import attention, layers, lora, loss, packing
+from fastft.patching import attention, layers, lora, loss, packing, rope
 from fastft.patching.families import family_of, layer_class, why_not_packed, why_unsupported
 from fastft.patching.loss import why_not_fused
 from fastft.patching.report import PatchReport
@@ -133,6 +134,7 @@ def _patch(model, inner, roles):
     replaced, kept = {}, {}
     for role, op, replace in (
         ("attention", "attention", _replace_attention),
+        ("rope", "rope", _replace_ropes),
         ("norm", "layer_norm" if family_of(inner.config).norm_offset is None else "rms_norm", _replace_norms),
         ("dropout", "dropout", _replace_dropouts),
         ("lora", "lora", _replace_lora),
@@ -180,6 +182,8 @@ def _why_not_served(op, inner):
         size = getattr(inner.config, "head_dim", None) or like.numel() // heads
         q = like.new_empty(1, 1, heads, size)
         return dispatch.why_not(op, name, q, q, q, 1.0)
+    if op == "rope":
+        return dispatch.why_not(op, name, like, like, like, like)
     return dispatch.why_not(op, name, like, like)
 
 
@@ -204,6 +208,11 @@ def _replace_attention(model, inner):
         module.fastft_arguments = tuple(inspect.signature(module.forward).parameters)
         module.register_forward_pre_hook(packing.enter, with_kwargs=True)
     return inner.config.num_hidden_layers
+
+
+def _replace_ropes(model, inner):
+    layers = rope.find(inner)
+    return _bind(layers, rope.forward_of(type(layers[0]))) if layers else 0
 
 
 def _replace_norms(model, inner):

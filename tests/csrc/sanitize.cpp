@@ -12,6 +12,7 @@
 #include "common/tensor_list.h"
 #include "cpu/adamw.h"
 #include "cpu/rms_norm.h"
+#include "cpu/rope.h"
 
 using namespace fastft;
 
@@ -84,6 +85,22 @@ void case_rms_norm(DType dtype) {
   }
 }
 
+void case_rope(DType dtype, DType angle_dtype) {
+  const int64_t size = size_of(dtype);
+  for (int64_t half : {1, 13, 64, 77}) {
+    const int64_t tokens = 5, heads_q = 3, heads_k = 2, d = 2 * half + 1;
+    const int64_t n_q = tokens * heads_q * d, n_k = tokens * heads_k * d, angles = tokens * 2 * half;
+    const RopeShape shape = {1, tokens, heads_q, heads_k, d, half,
+                             {0, heads_q * d, d}, {0, d, tokens * d}, {0, d, tokens * d}, {0, heads_k * d, d},
+                             {0, 2 * half}, {0, 2 * half}};
+    Buffer q(n_q, size, true), k(n_k, size, true), q_out(n_q, size, false), k_out(n_k, size, false);
+    Buffer cos(angles, size_of(angle_dtype), true), sin(angles, size_of(angle_dtype), true);
+    for (bool inverse : {false, true})
+      rope(&shape, q.as<void>(), k.as<void>(), cos.as<void>(), sin.as<void>(), q_out.as<void>(), k_out.as<void>(),
+           inverse, dtype, angle_dtype, 2);
+  }
+}
+
 // More than 2^31 elements: the arithmetic of pieces, on tensors that are not there.
 void case_many_elements() {
   const int64_t big = (int64_t{1} << 33) + 5, rows[] = {7, 0, big, 0, 0, 0, 3, 0};
@@ -107,6 +124,7 @@ int main() {
     for (DType grad : kDTypes) {
       case_rms_norm(grad);
       for (DType copy : kDTypes) case_adamw(grad, copy, nullptr);
+      for (DType angle : kDTypes) case_rope(grad, angle);
       case_adamw(grad, DType::bfloat16, maps.data());
     }
   }
