@@ -14,6 +14,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fastft import ops
 from fastft.nn import Linear4bit
 from fastft.nn.linear4bit import NAMES
 
@@ -22,10 +23,20 @@ METHOD = "fastft_nf4"
 
 @register_quantization_config(METHOD)
 class NF4Config(QuantizationConfigMixin):
-    """What config.json says of such a model, in bitsandbytes' words. skip_modules: linear layers that stay whole."""
+    """What config.json says of such a model, in bitsandbytes' words. skip_modules: linear layers that stay whole.
+
+    error: what quantising changed, the norm of the differences over the norm of the weights; None where it is not known.
+    """
 
     def __init__(self, skip_modules=None, **_):
         self.quant_method, self.skip_modules = METHOD, skip_modules
+        self.error, self.sums = None, torch.zeros(2, dtype=torch.float64)
+
+    def quantized(self, weight, layer):
+        """Counts a weight that `layer` has just quantised."""
+        change = ops.dequantize_nf4(layer.quantized, torch.float32).sub_(weight)
+        self.sums += torch.stack([change.norm(), weight.norm(dtype=torch.float32)]).double().square().cpu()
+        self.error = (self.sums[0] / self.sums[1]).sqrt().item()
 
     def to_dict(self):
         return {
@@ -62,7 +73,7 @@ class NF4Quantizer(HfQuantizer):
             model.set_submodule(name, layer)
 
     def get_quantize_ops(self):
-        return _Quantize()
+        return _Quantize(self.quantization_config)
 
     def get_weight_conversions(self):
         names = ["weight", *(f"weight.{name}" for name in NAMES)]
@@ -70,12 +81,17 @@ class NF4Quantizer(HfQuantizer):
 
 
 class _Quantize(ConversionOps):
+    def __init__(self, config):
+        self.config = config
+
     def convert(self, input_dict, model=None, **_):
         done = {}
         for name, value in input_dict.items():
             layer, _ = get_module_from_name(model, name)
+            value = value[0] if isinstance(value, list) else value
             with _named(name):
-                layer.quantize(value[0] if isinstance(value, list) else value)
+                layer.quantize(value)
+            self.config.quantized(value, layer)
             done[name] = layer.weight
         return done
 
@@ -132,27 +148,30 @@ def stored_config(name, trust_remote_code=False):
     kind = said.get("bnb_4bit_quant_type", "fp4") if said.get("load_in_4bit") else said.get("quant_method")
     if kind != "nf4" or said.get("bnb_4bit_quant_storage") not in (None, "uint8"):
         storage = said.get("bnb_4bit_quant_storage", "uint8")
-        raise ValueError(f"its weights are quantised as {kind} in {storage}; what is read is bitsandbytes' nf4 in uint8")
+        raise ValueError(
+            f"its weights are quantised as {kind} in {storage}; what is read is bitsandbytes' nf4 in uint8"
+        )
     return said
 
 
-def load_in_4bit(auto_model, name, dtype, **kwargs):
+def load_in_4bit(auto_model, name, dtype, *, trust_remote_code=False, ignore_mismatched_sizes=False, **config_options):
     """from_pretrained of a model in 4 bits, what stays whole in `dtype`. ValueError where it cannot be."""
     if is_deepspeed_zero3_enabled():
         raise ValueError("4-bit weights do not work with ZeRO-3, which would shard them: use --zero_stage 0, 1 or 2")
-    stored = stored_config(name, kwargs.get("trust_remote_code", False))
-    config_class = {k: v for k, v in kwargs.items() if k != "ignore_mismatched_sizes"}
-    config = AutoConfig.from_pretrained(name, **config_class)
-    options = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
+    options = {"trust_remote_code": trust_remote_code, "ignore_mismatched_sizes": ignore_mismatched_sizes}
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **config_options)
+    stored = stored_config(name, trust_remote_code)
     if stored is None:
         options["quantization_config"] = NF4Config()
     else:
         config.quantization_config = {"quant_method": METHOD, "skip_modules": stored.get("llm_int8_skip_modules")}
-    model = auto_model.from_pretrained(name, config=config, dtype="auto", ignore_mismatched_sizes=True, **options)
+    model = auto_model.from_pretrained(name, config=config, dtype="auto", **options)
     layers = four_bit_layers(model)
     missing = [name for name, layer in layers.items() if layer._state is None]
     if missing or not layers:
-        raise ValueError(f"{missing[0]} has no weight in its files" if missing else "no linear layer of it can be in 4 bits")
+        raise ValueError(
+            f"{missing[0]} has no weight in its files" if missing else "no linear layer of it can be in 4 bits"
+        )
     conversions = [c for c in model._weight_conversions or [] if not _is_ours(c)]
     model._weight_conversions = conversions or None
     model.is_quantized = False  # to transformers a plain model: what its layers hold is their own affair
@@ -171,12 +190,14 @@ def four_bit_layers(model):
 
 def quantize_model(model):
     """Puts the linear layers of a transformers model in 4 bits, in place, one after the other; returns their number."""
-    skip = sorted(whole_modules(model))
-    layers = quantizable(model, skip)
+    config = NF4Config(sorted(whole_modules(model)))
+    layers = quantizable(model, config.skip_modules)
     for name, module in layers:
         with _named(name):
-            model.set_submodule(name, Linear4bit.from_linear(module))
-    model.config.quantization_config = NF4Config(skip)
+            layer = Linear4bit.from_linear(module)
+        config.quantized(module.weight.detach(), layer)
+        model.set_submodule(name, layer)
+    model.config.quantization_config = config
     return len(layers)
 
 
@@ -186,7 +207,7 @@ def dequantize_model(model, dtype=None):
     layers = four_bit_layers(model)
     for name, layer in layers.items():
         model.set_submodule(name, layer.dequantize(dtype))
-    config = getattr(model, "config", None)
+    config = (model.get_base_model() if hasattr(model, "peft_config") else model).config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return len(layers)

@@ -25,9 +25,10 @@ class Linear4bit(nn.Linear):
 
     def __init__(self, in_features, out_features, bias=True, *, device=None, dtype=None):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        weight = self.weight.detach()
         self._set(None)
-        if self.weight.device.type != "meta":
-            self.quantize(self.weight.detach())
+        if weight.device.type != "meta":
+            self.quantize(weight)
 
     @classmethod
     def from_linear(cls, linear, *, block=BLOCK, double_quant=True):

@@ -271,7 +271,7 @@ def lora_group(x, layers, *, dropout_p=0.0, seeds=None):
         return [reference.lora_linear(x, *_plain(layer, x), dropout_p, seed) for layer, seed in pairs]
     if torch.compiler.is_compiling() and any(isinstance(layer[0], NF4Weight) for layer in layers):
         pairs = zip(layers, seeds, strict=True)
-        return [_composed(x, *layer, dropout_p, seed) for layer, seed in pairs]
+        return [_composed(x, *layer, dropout_p, seed, backend) for layer, seed in pairs]
     weights, biases, lora_a, lora_b, scales = map(list, zip(*layers, strict=True))
     if torch.compiler.is_compiling():
         biases = [_tensor(x, bias) for bias in biases]
@@ -286,9 +286,31 @@ def _plain(layer, x):
     return dequantize_nf4(weight, x.dtype) if isinstance(weight, NF4Weight) else weight, *rest
 
 
-def _composed(x, weight, bias, lora_a, lora_b, scale, p, seed):
-    """One layer of a 4-bit weight in a compiled graph: the frozen product is one op, the rest is compiled."""
-    dropped = reference.apply_mask(x, p, seed) / reference.keep_probability(p) if p else x
+@torch.library.custom_op("fastft::lora_mask", mutates_args=())
+def _mask_op(x: Tensor, p: float, seed: Tensor, backend: str) -> Tensor:
+    return _apply_mask(x, p, seed, backend)
+
+
+@_mask_op.register_fake
+def _(x, p, seed, backend):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _mask_context(ctx, inputs, output):
+    _, ctx.p, seed, ctx.backend = inputs
+    ctx.save_for_backward(seed)
+
+
+_mask_op.register_autograd(
+    lambda ctx, dy: (_mask_op(dy, ctx.p, *ctx.saved_tensors, ctx.backend), None, None, None),
+    setup_context=_mask_context,
+)
+
+
+def _composed(x, weight, bias, lora_a, lora_b, scale, p, seed, backend):
+    """One layer of a 4-bit weight in a compiled graph: frozen product and mask are ops, the rest is compiled."""
+    dropped = _mask_op(x, p, seed, backend) if p else x
+    scale = scale / reference.keep_probability(p)
     low_rank = F.linear(F.linear(dropped.to(lora_a.dtype), lora_a), lora_b) * scale
     frozen = nf4_linear(x, weight, bias) if isinstance(weight, NF4Weight) else F.linear(x, weight, bias)
     return (frozen + low_rank).to(x.dtype)

@@ -162,10 +162,8 @@ def lora_mlp(x, gate, up, down, *, dropout_p=0.0, seeds=None):
     if dispatch.requested() == "reference":
         return reference(x, *(lora._plain(layer, x) for layer in layers), dropout_p, seeds)
     if torch.compiler.is_compiling() and any(isinstance(layer[0], NF4Weight) for layer in layers):
-        gate, up = (
-            lora._composed(x, *layer, dropout_p, seed) for layer, seed in zip(layers[:2], seeds[:2], strict=True)
-        )
-        return lora._composed(F.silu(gate) * up, *layers[2], dropout_p, seeds[2])
+        run = lambda x, i: lora._composed(x, *layers[i], dropout_p, seeds[i], backend)
+        return run(F.silu(run(x, 0)) * run(x, 1), 2)
     weights, biases, lora_a, lora_b, scales = map(list, zip(*layers, strict=True))
     if torch.compiler.is_compiling():
         biases = [lora._tensor(x, bias) for bias in biases]

@@ -1,4 +1,4 @@
-"""Role `lora`: PEFT's lora.Linear, and gated MLPs whose three layers are such, through fastft.ops.lora_*.
+"""Role `lora`: PEFT's lora.Linear, over whole weights or 4 bits, and gated MLPs of three such, through fastft.ops.lora_*.
 
 PEFT may add, switch, merge or disable adapters at any time, so each call looks at the state of its layer; what the ops do
 not compute goes to the layer's own forward. Parameters are read as attributes inside a module's __call__ and saved as the
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastft import ops
+from fastft.nn import Linear4bit
 from fastft.ops import dispatch
 from fastft.patching.families import layer_class
 
@@ -96,7 +97,7 @@ def _why_not_class(layer):
 
     if type(layer) is not Linear:
         return f"a PEFT layer of class {type(layer).__name__}"
-    if type(layer.base_layer) is not nn.Linear or layer.fan_in_fan_out:
+    if type(layer.base_layer) not in (nn.Linear, Linear4bit) or layer.fan_in_fan_out:
         return f"an adapter on a {type(layer.base_layer).__name__}"
     return None
 
@@ -106,7 +107,7 @@ def _serves(x, *layers):
         return False
     if torch.is_autocast_enabled(x.device.type):
         return True
-    return all(layer.base_layer.weight.dtype == x.dtype for layer in layers)
+    return all(isinstance(base, Linear4bit) or base.weight.dtype == x.dtype for base in (m.base_layer for m in layers))
 
 
 def _active(layer):
@@ -116,7 +117,8 @@ def _active(layer):
 def _parameters(layer):
     name = _active(layer)[0]
     base = layer.base_layer
-    return base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    weight = base.quantized if isinstance(base, Linear4bit) else base.weight
+    return weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 
 
 def _dropout(layer):

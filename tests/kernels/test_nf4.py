@@ -1,4 +1,4 @@
-"""Weights in 4 bits: the kernels equal the reference bit for bit, the reference is what float64 says, codes are bitsandbytes'."""
+"""Weights in 4 bits: the kernels equal the reference bit for bit, the reference float64, and codes bitsandbytes'."""
 
 import importlib
 import importlib.util
