@@ -5,6 +5,8 @@ keep their dtype, as transformers does it. A layer is quantised as soon as its w
 in: never are two layers whole, and every run of a model has the same codes whatever it computes in.
 """
 
+import contextlib
+
 import torch
 from torch import nn
 from transformers import AutoConfig
@@ -103,27 +105,27 @@ class _Load(ConversionOps):
     def convert(self, input_dict, model=None, full_layer_name=None, **_):
         tensors = {name: t[0] if isinstance(t, list) else t for name, t in input_dict.items()}
         layer, name = get_module_from_name(model, full_layer_name)
-        if not isinstance(layer, Linear4bit) or name != "weight":
-            if len(tensors) > 1:
-                raise ValueError(f"{full_layer_name} is in 4 bits, and a {type(layer).__name__} is not read from these")
+        is_ours = isinstance(layer, Linear4bit) and name == "weight"
+        if not is_ours and len(tensors) == 1:
             return tensors
         with _named(full_layer_name):
+            if not is_ours:
+                raise ValueError(f"is in 4 bits, which a {type(layer).__name__} is not read from")
             layer.load(tensors.pop("weight"), {name.removeprefix("weight."): t for name, t in tensors.items()})
         return {"weight": layer.weight}
 
 
-class _named:
-    """Context: a ValueError gets the name of the weight in front."""
+_FAILURES = []  # of the model that loads: transformers logs an error in a conversion, and raises another without its words
 
-    def __init__(self, name):
-        self.name = name
 
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, trace):
-        if kind is ValueError:
-            raise ValueError(f"{self.name}: {error}") from None
+@contextlib.contextmanager
+def _named(name):
+    """A ValueError gets the name of the weight in front, and is kept for `load_in_4bit`."""
+    try:
+        yield
+    except ValueError as error:
+        _FAILURES.append(f"{name}: {error}")
+        raise ValueError(_FAILURES[-1]) from None
 
 
 def quantizable(model, skip):
@@ -165,7 +167,13 @@ def load_in_4bit(auto_model, name, dtype, *, trust_remote_code=False, ignore_mis
         options["quantization_config"] = NF4Config()
     else:
         config.quantization_config = {"quant_method": METHOD, "skip_modules": stored.get("llm_int8_skip_modules")}
-    model = auto_model.from_pretrained(name, config=config, dtype="auto", **options)
+    _FAILURES.clear()
+    try:
+        model = auto_model.from_pretrained(name, config=config, dtype="auto", **options)
+    except RuntimeError:
+        if not _FAILURES:
+            raise
+        raise ValueError(_FAILURES[0]) from None
     layers = four_bit_layers(model)
     missing = [name for name, layer in layers.items() if layer._state is None]
     if missing or not layers:
