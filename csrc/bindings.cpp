@@ -16,11 +16,13 @@
 #include "cpu/layer_norm.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/lora.h"
+#include "cpu/nf4.h"
 #include "cpu/attention.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rope.h"
 #ifdef FASTFT_CUDA
 #include "cuda/adamw8bit.h"
+#include "cuda/nf4.h"
 #endif
 
 namespace py = pybind11;
@@ -80,6 +82,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("has_cuda") = true;
   module.def("cuda_device_count", cuda_device_count, "CUDA devices that the driver offers; 0 where there is no driver.");
   define(module, "cuda_adamw8bit", cuda_adamw8bit);
+  define(module, "cuda_nf4_dequantize", cuda_nf4_dequantize);
 #else
   module.attr("has_cuda") = false;
 #endif
@@ -96,6 +99,8 @@ PYBIND11_MODULE(_C, module) {
   define(module, "layer_norm_backward", layer_norm_backward);
   define(module, "cross_entropy_forward", cross_entropy_forward);
   define(module, "lora_apply_mask", lora_apply_mask);
+  define(module, "nf4_quantize", nf4_quantize);
+  define(module, "nf4_dequantize", nf4_dequantize);
   define(module, "attention_forward", attention_forward);
   define(module, "attention_backward", attention_backward);
   define(module, "rms_norm_forward", rms_norm_forward);

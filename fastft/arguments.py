@@ -74,6 +74,7 @@ class LoraArguments:
     lora_target_modules: list[str] = option(["all-linear"], "names of the layers that get an adapter")
     use_rslora: bool = option(False, "scale by alpha / sqrt(r) instead")
     use_dora: bool = option(False, "weight-decomposed LoRA")
+    load_in_4bit: bool = option(False, "QLoRA: the frozen weights in 4 bits (NF4), quantised while they load")
 
 
 @dataclass(kw_only=True)
@@ -168,6 +169,12 @@ class Arguments(ModelArguments, DataArguments, LoraArguments, TrainingArguments,
             raise ValueError("--dataset_name and --train_file: give one of them")
         if self.offload_optimizer != "none" and self.zero_stage == 0:
             raise ValueError("--offload_optimizer cpu: needs --zero_stage 1, 2 or 3")
+        if self.load_in_4bit and not self.use_peft:
+            raise ValueError("--load_in_4bit true: 4-bit weights are frozen, so it needs --use_peft true")
+        if self.load_in_4bit and self.zero_stage == 3:
+            raise ValueError("--load_in_4bit true: does not work with --zero_stage 3; use 0, 1 or 2")
+        if self.load_in_4bit and self.use_dora:
+            raise ValueError("--load_in_4bit true: does not work with --use_dora true, which needs whole weights")
         unknown = set(self.report_to) - {"tensorboard", "wandb", "none"}
         if unknown:
             raise ValueError(f"--report_to {' '.join(sorted(unknown))}: must be tensorboard, wandb or none")

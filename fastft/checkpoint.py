@@ -42,6 +42,7 @@ from fastft.durable import (
     write_json,
     write_text,
 )
+from fastft.nn.linear4bit import without_state
 from fastft.shards import load_shard
 
 FORMAT = 2
@@ -393,12 +394,13 @@ def _write_shards(engine, folder, owner):
     disk = folder / ".disk"  # tells the ranks that share a disk from the others
     if owner:
         disk.write_text(str(rank()))
-    with _deepspeed_io(engine, owner) as shards:
+    alone = _frozen_come_from_elsewhere(engine.module)
+    with _deepspeed_io(engine, owner) as shards, without_state() if alone else contextlib.nullcontext():
         engine.save_checkpoint(
             str(folder),
             tag=SHARDS,
             save_latest=False,
-            exclude_frozen_parameters=_frozen_come_from_elsewhere(engine.module),
+            exclude_frozen_parameters=alone,
         )
     if shards.error is not None:
         raise shards.error

@@ -1,4 +1,4 @@
-"""The `fastft` command: train, predict, eval, merge and doctor.
+"""The `fastft` command: train, predict, eval, merge, quantize and doctor.
 
 A command imports what is heavy only after it has checked its arguments, so that help and typing errors are answered at
 once. Exit codes: 0 when all was done, 2 for input that cannot be used, 1 for anything else that failed; `train` has more,
@@ -22,7 +22,8 @@ RETOLD = (*COLUMNS, "max_length", "kernels")  # arguments of the training run th
 def main(argv=None):
     """Runs the command line and returns its exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands = {"train": train, "predict": predict, "eval": evaluate, "merge": merge, "doctor": doctor}
+    commands = {"train": train, "predict": predict, "eval": evaluate, "merge": merge}
+    commands |= {"quantize": quantize, "doctor": doctor}
     if argv and argv[0] in commands:
         return _run(f"fastft {argv[0]}", commands[argv[0]], argv[1:])
     parser = _parser("fastft", "Fine-tunes transformers.", epilog="`fastft COMMAND --help` lists its arguments.")
@@ -99,9 +100,28 @@ def merge(argv):
     args = parser.parse_args(argv)
     from fastft.export import merge as work
 
-    work(args.model, args.output_dir, args.base_model)
+    errors = work(args.model, args.output_dir, args.base_model)
     print(f"The merged model is in {args.output_dir}")
+    print(f"Rounding the merged weights changed them by {errors['rounding_error']:.2g} of their norm")
+    if errors["quantization_error"] is not None:
+        error = errors["quantization_error"]
+        print(
+            f"Its base is the one that was trained, read from 4 bits: {error:.2g} of the norm away from the whole weights"
+        )
     print(f"Use it: fastft predict --model {args.output_dir} --file FILE")
+
+
+def quantize(argv):
+    """Write a model with its linear layers in 4 bits, as bitsandbytes does."""
+    parser = _parser("fastft quantize", quantize.__doc__)
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a whole model")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="new or empty folder for the 4-bit model")
+    args = parser.parse_args(argv)
+    from fastft.export import quantize as work
+
+    error = work(args.model, args.output_dir)
+    print(f"The 4-bit model is in {args.output_dir}; its weights changed by {error:.2g} of their norm")
+    print(f"Train on it: fastft train --model_name_or_path {args.output_dir} --use_peft true --train_file FILE")
 
 
 def doctor(argv):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import fastft
+from fastft import quantization
 from fastft.durable import rank, sync, together, write_json
 
 GROUP_SIZE = 2**28  # elements of ZeRO-3 weights that are whole at a time
@@ -55,18 +56,20 @@ def save_model(model, folder, tokenizer=None):
 
 
 def merge(adapter_dir, output_dir, base_model=None):
-    """Adds an adapter to the weights of its base model and writes a plain model with its tokenizer.
+    """Adds an adapter to the weights of its base model, writes a plain model with its tokenizer and returns the errors.
 
-    The sum is taken in fp32 and rounded once, to the dtype that the base model is stored in.
+    The sum is taken in fp32 and rounded once, to the dtype that the base model is stored in. A base in 4 bits is read from
+    them: the merged model is the one that was trained.
     base_model: folder or hub name, where the base is no longer where the adapter's configuration says.
+    Returns {"rounding_error": by that rounding, "quantization_error": of the base's 4 bits, None where it has none or its
+    whole weights are not known}, each the norm of the change over the norm of the weights.
 
     Raises ValueError for a folder without an adapter, and for an output folder that is not empty.
     """
     adapter_dir, output_dir = Path(adapter_dir), Path(output_dir)
     if not (adapter_dir / "adapter_config.json").exists():
         raise ValueError(f"{adapter_dir}: no adapter, adapter_config.json is missing; name the output of a LoRA run")
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ValueError(f"{output_dir}: not an empty folder; merge writes the whole model into a new or empty one")
+    _check_empty(output_dir, "merge")
     from peft import PeftConfig
     from transformers import AutoConfig
 
@@ -76,7 +79,51 @@ def merge(adapter_dir, output_dir, base_model=None):
     model, tokenizer, _ = load_for_inference(adapter_dir, dtype=torch.float32, base_model=base_model)
     fastft.unpatch(model)
     stored = AutoConfig.from_pretrained(base_model).dtype or torch.float32
-    save_model(model.merge_and_unload(safe_merge=True).to(stored), output_dir, tokenizer)
+    error = getattr(getattr(model.get_base_model().config, "quantization_config", None), "error", None)
+    quantization.dequantize_model(model, torch.float32)
+    merged = model.merge_and_unload(safe_merge=True)
+    rounding = _rounding_error(merged, stored)
+    save_model(merged.to(stored), output_dir, tokenizer)
+    return {"rounding_error": rounding, "quantization_error": error}
+
+
+@torch.no_grad()
+def _rounding_error(model, dtype):
+    changes, sizes = 0.0, 0.0
+    for p in model.parameters():
+        changes += (p.to(dtype).to(p.dtype) - p).norm().double().square().item()
+        sizes += p.norm().double().square().item()
+    return (changes / sizes) ** 0.5 if sizes else 0.0
+
+
+def quantize(model_dir, output_dir):
+    """Writes a model with its linear layers in 4 bits (NF4), as bitsandbytes would, and its tokenizer.
+
+    Returns what quantising changed, the norm of the change over the norm of the weights.
+    Raises ValueError for an adapter, for a model that is in 4 bits already, and for an output folder that is not empty.
+    """
+    model_dir, output_dir = Path(model_dir), Path(output_dir)
+    _check_empty(output_dir, "quantize")
+    from transformers import AutoConfig
+
+    from fastft.models import load_for_inference
+
+    if (model_dir / "adapter_config.json").exists():
+        raise ValueError(f"--model {model_dir}: an adapter; `fastft merge` makes a whole model of it first")
+    if not (model_dir / "config.json").exists():
+        raise ValueError(f"--model {model_dir}: no model there, config.json is missing")
+    config = AutoConfig.from_pretrained(str(model_dir))
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"--model {model_dir}: its weights are quantised already")
+    model, tokenizer, _ = load_for_inference(model_dir, config.dtype or torch.float32, load_in_4bit=True, use_peft=True)
+    fastft.unpatch(model)
+    save_model(model, output_dir, tokenizer)
+    return model.config.quantization_config.error
+
+
+def _check_empty(output_dir, verb):
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"{output_dir}: not an empty folder; {verb} writes the whole model into a new or empty one")
 
 
 def _base_of_adapter(model):

@@ -260,7 +260,10 @@ class Recorder:
         return open(path, "a", encoding="utf-8", buffering=1)
 
     def _summary(self, run, splits, plan, model, patch):
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+        count = lambda p: (
+            getattr(p, "ds_numel", p.numel()) * (2 if p.dtype == torch.uint8 else 1)
+        )  # 4 bits: two in a byte
+        sizes = [(count(p), p.requires_grad) for p in model.parameters()]
         trained, total = sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes)
         defaults = dataclasses.asdict(type(self.args)())
         said = {

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 import fastft
-from fastft import patching
+from fastft import patching, quantization
 from fastft.arguments import Arguments
 from fastft.ops import dispatch
 from fastft.tasks import get_task
@@ -16,7 +16,7 @@ from fastft.tasks import get_task
 # What a model's run.json may say about its use. The rest of it, paths and trust_remote_code above all, is not believed.
 INHERITED = (
     "task", "text_column", "text_pair_column", "label_column", "prompt_column", "completion_column", "problem_type",
-    "max_length", "completion_only_loss", "kernels", "metric_for_best_model",
+    "max_length", "completion_only_loss", "kernels", "metric_for_best_model", "load_in_4bit",
 )  # fmt: skip
 HEAD = ("num_labels", "id2label", "label2id", "problem_type")  # the same of its model_kwargs
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
@@ -52,9 +52,13 @@ def load_model(args, task, tokenizer, dtype, *, from_scratch=False):
         if from_scratch:
             config = AutoConfig.from_pretrained(name, **kwargs)
             model = task.auto_model.from_config(config, dtype=dtype)
+            if args.load_in_4bit:
+                quantization.quantize_model(model)
         else:
             _check_weights(name)
-            model = task.auto_model.from_pretrained(name, dtype=dtype, ignore_mismatched_sizes=True, **kwargs)
+            model = _from_pretrained(task, name, dtype, args, ignore_mismatched_sizes=True, **kwargs)
+            if quantization.four_bit_layers(model) and (not args.use_peft or args.use_dora):
+                raise ValueError("its weights are in 4 bits, and frozen: say --use_peft true, without --use_dora")
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         if isinstance(error, ValueError) and str(error).startswith("--"):
             raise
@@ -73,6 +77,13 @@ def load_model(args, task, tokenizer, dtype, *, from_scratch=False):
     return model
 
 
+def _from_pretrained(task, name, dtype, args, **kwargs):
+    """The model of a folder or hub name, its linear layers in 4 bits where it is asked for or they are stored so."""
+    if args.load_in_4bit or quantization.stored_config(name, args.trust_remote_code) is not None:
+        return quantization.load_in_4bit(task.auto_model, name, dtype, **kwargs)
+    return task.auto_model.from_pretrained(name, dtype=dtype, **kwargs)
+
+
 def add_lora(model, args, task):
     """Freezes the model and adds PEFT's LoRA layers, in the dtype of the weights (their fp32 masters are the optimizer's)."""
     from peft import LoraConfig, get_peft_model
@@ -87,8 +98,9 @@ def add_lora(model, args, task):
         use_dora=args.use_dora,
         task_type=task.peft_type,
     )
+    dtype = model.dtype
     try:
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        model = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
         if "Target modules" not in str(error):
             raise
@@ -96,6 +108,10 @@ def add_lora(model, args, task):
             f"--lora_target_modules {' '.join(modules)}: no such layers in {args.model_name_or_path}; "
             f"it has {', '.join(linear_names(model))}, or say all-linear"
         ) from None
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # PEFT makes those of a 4-bit layer float32
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def linear_names(model):
@@ -135,7 +151,8 @@ def load_for_inference(folder, dtype=torch.float32, **overrides):
     else:
         base = str(folder)
     known = {k: v for k, v in run.get("arguments", {}).items() if k in INHERITED}
-    args = Arguments(**{**known, "model_name_or_path": base, "tokenizer_name": str(folder), **overrides})
+    known |= {"use_peft": is_adapter, "model_name_or_path": base, "tokenizer_name": str(folder)}
+    args = Arguments(**{**known, **overrides})
     if args.task is None:
         args.task = "sequence_classification" if _is_classifier(base) else "causal_lm"
     task = get_task(args)
@@ -144,7 +161,8 @@ def load_for_inference(folder, dtype=torch.float32, **overrides):
     if "id2label" in kwargs:  # JSON has made its keys strings
         kwargs["id2label"] = {int(i): label for i, label in kwargs["id2label"].items()}
     try:
-        model = task.auto_model.from_pretrained(base, dtype=dtype, trust_remote_code=args.trust_remote_code, **kwargs)
+        kwargs["trust_remote_code"] = args.trust_remote_code
+        model = _from_pretrained(task, base, dtype, args, **kwargs)
         if is_adapter:
             from peft import PeftModel
 

@@ -18,12 +18,6 @@ struct Angles {
   float cos1[kPairs], cos2[kPairs], sin1[kPairs], sin2[kPairs];
 };
 
-template <class A>
-FASTFT_INLINE void widen_row(const A* from, int64_t n, float* to) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) to[j] = widen(from[j]);
-}
-
 template <class T, class A>
 struct Rotate {
   RopeShape shape;
@@ -53,10 +47,10 @@ struct Rotate {
   }
 
   FASTFT_INLINE void gather(const A* c, const A* t, int64_t width, Angles& angles) const {
-    widen_row(c, width, angles.cos1);
-    widen_row(c + shape.half, width, angles.cos2);
-    widen_row(t, width, inverse ? angles.sin2 : angles.sin1);
-    widen_row(t + shape.half, width, inverse ? angles.sin1 : angles.sin2);
+    widen_row(c, width, 1.0f, angles.cos1);
+    widen_row(c + shape.half, width, 1.0f, angles.cos2);
+    widen_row(t, width, 1.0f, inverse ? angles.sin2 : angles.sin1);
+    widen_row(t + shape.half, width, 1.0f, inverse ? angles.sin1 : angles.sin2);
     if (!inverse) return;
 #pragma omp simd
     for (int64_t j = 0; j < width; ++j) {

@@ -3,6 +3,7 @@
 from fastft.nn.attention import FusedAttention
 from fastft.nn.dropout import Dropout
 from fastft.nn.layer_norm import LayerNorm
+from fastft.nn.linear4bit import Linear4bit
 from fastft.nn.linear_cross_entropy import LinearCrossEntropyLoss
 from fastft.nn.lora import LoRALinear
 from fastft.nn.rms_norm import RMSNorm
@@ -12,6 +13,7 @@ __all__ = [
     "Dropout",
     "FusedAttention",
     "LayerNorm",
+    "Linear4bit",
     "LinearCrossEntropyLoss",
     "LoRALinear",
     "RMSNorm",

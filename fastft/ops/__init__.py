@@ -12,11 +12,14 @@ from fastft.ops.linear_cross_entropy import linear_cross_entropy
 from fastft.ops.linear_distillation import linear_distillation
 from fastft.ops.lora import lora_group, lora_linear
 from fastft.ops.lora_mlp import lora_mlp
+from fastft.ops.nf4 import NF4Weight, dequantize_nf4, nf4_linear, quantize_nf4
 from fastft.ops.rms_norm import rms_norm
 from fastft.ops.rope import rope
 
 __all__ = [
+    "NF4Weight",
     "attention",
+    "dequantize_nf4",
     "dropout",
     "geglu",
     "layer_norm",
@@ -26,6 +29,8 @@ __all__ = [
     "lora_group",
     "lora_linear",
     "lora_mlp",
+    "nf4_linear",
+    "quantize_nf4",
     "rms_norm",
     "rope",
     "swiglu",

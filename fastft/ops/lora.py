@@ -11,16 +11,18 @@ mask of its own, which is drawn again from its seed; the division by the probabi
 
 The products are PyTorch's: in fp32 on a CPU without instructions for half precision (reference/linear.py).
 A and B may be wider than x, as PEFT keeps them: they are rounded to the dtype of the product, x never is.
+W may be an NF4Weight (fastft.ops.nf4): it is read from its 4 bits where the product is taken, in forward and backward.
 """
 
 import contextlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastft.ops import dispatch
-from fastft.ops.linear import native
+from fastft.ops.nf4 import NF4Weight, dense, dequantize_nf4, nf4_linear, product_dtype
 from fastft_kernels.reference import lora as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,14 +39,10 @@ def _apply_mask(x, p, seed, backend):
     return getattr(_KERNELS.get(backend), "apply_mask", reference.apply_mask)(x, p, int(seed))
 
 
-def _product_dtype(x):
-    return torch.float32 if x.device.type == "cpu" and not native(x.dtype) else x.dtype
-
-
 # A group is five lists, one entry a layer; `seeds` int64 [layers], of no meaning where p is 0.
 def _group_forward(x, weights, biases, lora_a, lora_b, scales, p, seeds, backend):
     """[*ys, S]: y [..., out] of each layer, S [tokens, sum of r] in the dtype of the products."""
-    dtype, scales = _product_dtype(x), _with_dropout(scales, p)
+    dtype, scales = product_dtype(x), _with_dropout(scales, p)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     if p:
         S = torch.cat(
@@ -56,7 +54,7 @@ def _group_forward(x, weights, biases, lora_a, lora_b, scales, p, seeds, backend
     for W, bias, B, scale, low in zip(weights, biases, lora_b, scales, _split(S, lora_a), strict=True):
         B = (B * scale).to(dtype).t()
         y = low @ B if bias is None else torch.addmm(bias.to(dtype), low, B)
-        ys.append(y.addmm_(rows, W.to(dtype).t()).to(x.dtype).view(*x.shape[:-1], W.shape[0]))
+        ys.append(y.addmm_(rows, dense(W, dtype).t()).to(x.dtype).view(*x.shape[:-1], W.shape[0]))
     return [*ys, S]
 
 
@@ -102,7 +100,7 @@ def _group_backward(dys, x, S, weights, lora_a, lora_b, scales, p, seeds, backen
     if dx is not None:
         dx = dx.to(dtype)
         for i in live:
-            dx.addmm_(dys[i], weights[i].to(dtype))
+            dx.addmm_(dys[i], dense(weights[i], dtype))
         dx = dx.to(x.dtype).view(x.shape)
     return dx, dweights, dbiases, das, dbs
 
@@ -142,14 +140,25 @@ class _Group(torch.autograd.Function):
 
 def _save(ctx, x, S, seeds, parameters, scales, p, backend):
     weights, _, lora_a, lora_b = _lists(parameters, 4)
-    ctx.save_for_backward(x, S, seeds, *weights, *lora_a, *lora_b)
+    ctx.save_for_backward(x, S, seeds, *_tensors(ctx, weights), *lora_a, *lora_b)
     ctx.dtypes = [None if t is None else t.dtype for t in parameters]
     ctx.scales, ctx.p, ctx.backend = scales, p, backend
 
 
 def _saved(ctx):
     x, S, seeds, *parameters = ctx.saved_tensors
-    return x, S, *_lists(parameters, 3), seeds
+    weights, lora_a, lora_b = _lists(parameters, 3)
+    return x, S, _weights(ctx, weights), lora_a, lora_b, seeds
+
+
+def _tensors(ctx, weights):
+    """What autograd saves of the weights: NF4Weights, which are not tensors, are kept on `ctx`."""
+    ctx.quantized = [W if isinstance(W, NF4Weight) else None for W in weights]
+    return [None if isinstance(W, NF4Weight) else W for W in weights]
+
+
+def _weights(ctx, tensors):
+    return [W if t is None else t for t, W in zip(tensors, ctx.quantized, strict=True)]
 
 
 def _lists(flat, count):
@@ -179,7 +188,7 @@ def _group_op(
 @_group_op.register_fake
 def _(x, weights, biases, lora_a, lora_b, scales, p, seeds, backend):
     ys = [x.new_empty(*x.shape[:-1], W.shape[0]) for W in weights]
-    S = x.new_empty(x.shape[:-1].numel(), sum(a.shape[0] for a in lora_a), dtype=_product_dtype(x))
+    S = x.new_empty(x.shape[:-1].numel(), sum(a.shape[0] for a in lora_a), dtype=product_dtype(x))
     return [*ys, S]
 
 
@@ -240,8 +249,8 @@ def _tensor(like, t):
 def lora_linear(x, weight, bias, lora_a, lora_b, scale, *, dropout_p=0.0, seed=None):
     """y = x Wᵀ + b + scale * drop(x) Aᵀ Bᵀ.
 
-    x: [..., in], any strides; weight: [out, in] of x's dtype; bias: [out] or None; lora_a: [r, in], lora_b: [out, r], any
-    floating dtype; y: [..., out]. Under autocast x, weight and y are cast as in torch's linear.
+    x: [..., in], any strides; weight: [out, in] of x's dtype, or an NF4Weight; bias: [out] or None; lora_a: [r, in],
+    lora_b: [out, r], any floating dtype; y: [..., out]. Under autocast x, weight and y are cast as in torch's linear.
     dropout_p: 0 <= p < 1, on the low-rank branch alone. seed: an int that decides the mask; by default it is drawn from
     torch's CPU generator, so that a recomputation which restores it, as activation checkpointing does, sees the same.
     Differentiable once in x, weight, bias, lora_a and lora_b (any number of times under fastft.backend("reference")).
@@ -259,13 +268,52 @@ def lora_group(x, layers, *, dropout_p=0.0, seeds=None):
     x, layers, seeds, backend = _enter("lora_group", x, layers, dropout_p, seeds)
     if dispatch.requested() == "reference":
         pairs = zip(layers, seeds, strict=True)
-        return [reference.lora_linear(x, *layer, dropout_p, seed) for layer, seed in pairs]
+        return [reference.lora_linear(x, *_plain(layer, x), dropout_p, seed) for layer, seed in pairs]
+    if torch.compiler.is_compiling() and any(isinstance(layer[0], NF4Weight) for layer in layers):
+        pairs = zip(layers, seeds, strict=True)
+        return [_composed(x, *layer, dropout_p, seed, backend) for layer, seed in pairs]
     weights, biases, lora_a, lora_b, scales = map(list, zip(*layers, strict=True))
     if torch.compiler.is_compiling():
         biases = [_tensor(x, bias) for bias in biases]
         return list(_group_op(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds, backend)[:-1])
     with _as_they_are(x):
         return list(_Group.apply(x, scales, dropout_p, seeds, backend, *weights, *biases, *lora_a, *lora_b))
+
+
+def _plain(layer, x):
+    """The layer with a tensor of its own for an NF4Weight: what the reference differentiates."""
+    weight, *rest = layer
+    return dequantize_nf4(weight, x.dtype) if isinstance(weight, NF4Weight) else weight, *rest
+
+
+@torch.library.custom_op("fastft::lora_mask", mutates_args=())
+def _mask_op(x: Tensor, p: float, seed: Tensor, backend: str) -> Tensor:
+    return _apply_mask(x, p, seed, backend)
+
+
+@_mask_op.register_fake
+def _(x, p, seed, backend):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _mask_context(ctx, inputs, output):
+    _, ctx.p, seed, ctx.backend = inputs
+    ctx.save_for_backward(seed)
+
+
+_mask_op.register_autograd(
+    lambda ctx, dy: (_mask_op(dy, ctx.p, *ctx.saved_tensors, ctx.backend), None, None, None),
+    setup_context=_mask_context,
+)
+
+
+def _composed(x, weight, bias, lora_a, lora_b, scale, p, seed, backend):
+    """One layer of a 4-bit weight in a compiled graph: frozen product and mask are ops, the rest is compiled."""
+    dropped = _mask_op(x, p, seed, backend) if p else x
+    scale = scale / reference.keep_probability(p)
+    low_rank = F.linear(F.linear(dropped.to(lora_a.dtype), lora_a), lora_b) * scale
+    frozen = nf4_linear(x, weight, bias) if isinstance(weight, NF4Weight) else F.linear(x, weight, bias)
+    return (frozen + low_rank).to(x.dtype)
 
 
 def _as_they_are(x):
@@ -290,7 +338,8 @@ def _enter(op, x, layers, p, seeds, inner=None):
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
-        layers = [(W.to(dtype), bias, a, b, float(scale)) for W, bias, a, b, scale in layers]
+        cast = lambda W: W if isinstance(W, NF4Weight) else W.to(dtype)
+        layers = [(cast(W), bias, a, b, float(scale)) for W, bias, a, b, scale in layers]
     else:
         layers = [(W, bias, a, b, float(scale)) for W, bias, a, b, scale in layers]
     for i, layer in enumerate(layers):
@@ -310,7 +359,8 @@ def _enter(op, x, layers, p, seeds, inner=None):
 
 
 def _check(op, x, columns, weight, bias, lora_a, lora_b, scale):
-    if weight.dim() != 2 or weight.shape[1] != columns or weight.dtype != x.dtype or weight.device != x.device:
+    fits = len(weight.shape) == 2 and weight.shape[1] == columns and weight.device == x.device
+    if not fits or (weight.dtype != x.dtype and not isinstance(weight, NF4Weight)):
         raise ValueError(
             f"{op}: weight is {list(weight.shape)} of {weight.dtype} on {weight.device}; for x {list(x.shape)} of "
             f"{x.dtype} it must be [out, {columns}] of {x.dtype} on {x.device}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastft.ops import dispatch, lora
+from fastft.ops.nf4 import NF4Weight, product_dtype
 from fastft_kernels.reference.lora import lora_mlp as reference
 
 
@@ -72,7 +73,7 @@ class _MLP(torch.autograd.Function):
 
 def _save(ctx, x, kept, seeds, parameters, scales, p, backend):
     weights, _, lora_a, lora_b = lora._lists(parameters, 4)
-    ctx.save_for_backward(x, *kept, seeds, *weights, *lora_a, *lora_b)
+    ctx.save_for_backward(x, *kept, seeds, *lora._tensors(ctx, weights), *lora_a, *lora_b)
     ctx.dtypes = [None if t is None else t.dtype for t in parameters]
     ctx.scales, ctx.p, ctx.backend = scales, p, backend
 
@@ -80,7 +81,8 @@ def _save(ctx, x, kept, seeds, parameters, scales, p, backend):
 def _saved(ctx):
     """The arguments of _backward after dy, but for `needs`."""
     x, S, gate, up, S_down, seeds, *parameters = ctx.saved_tensors
-    return x, S, gate, up, S_down, *lora._lists(parameters, 3), ctx.scales, ctx.p, seeds, ctx.backend
+    weights, lora_a, lora_b = lora._lists(parameters, 3)
+    return x, S, gate, up, S_down, lora._weights(ctx, weights), lora_a, lora_b, ctx.scales, ctx.p, seeds, ctx.backend
 
 
 @torch.library.custom_op("fastft::lora_mlp", mutates_args=())
@@ -100,7 +102,7 @@ def _op(
 
 @_op.register_fake
 def _(x, weights, biases, lora_a, lora_b, scales, p, seeds, backend):
-    rows, dtype = x.shape[:-1].numel(), lora._product_dtype(x)
+    rows, dtype = x.shape[:-1].numel(), product_dtype(x)
     gate, up, y = (x.new_empty(*x.shape[:-1], W.shape[0]) for W in weights)
     r_gate, r_up, r_down = (a.shape[0] for a in lora_a)
     return [y, x.new_empty(rows, r_gate + r_up, dtype=dtype), gate, up, x.new_empty(rows, r_down, dtype=dtype)]
@@ -158,7 +160,10 @@ def lora_mlp(x, gate, up, down, *, dropout_p=0.0, seeds=None):
     """
     x, layers, seeds, backend = lora._enter("lora_mlp", x, [gate, up, down], dropout_p, seeds, inner=2)
     if dispatch.requested() == "reference":
-        return reference(x, *layers, dropout_p, seeds)
+        return reference(x, *(lora._plain(layer, x) for layer in layers), dropout_p, seeds)
+    if torch.compiler.is_compiling() and any(isinstance(layer[0], NF4Weight) for layer in layers):
+        run = lambda x, i: lora._composed(x, *layers[i], dropout_p, seeds[i], backend)
+        return run(F.silu(run(x, 0)) * run(x, 1), 2)
     weights, biases, lora_a, lora_b, scales = map(list, zip(*layers, strict=True))
     if torch.compiler.is_compiling():
         biases = [lora._tensor(x, bias) for bias in biases]

@@ -32,7 +32,7 @@ from fastft.patching.report import PatchReport
 
 __all__ = ["ROLES", "PatchReport", "patch", "unpatch", "why_not", "why_not_fused"]
 
-ROLES = ("attention", "norm", "dropout", "lora", "mlp", "linear", "loss", "pooling")
+ROLES = ("attention", "rope", "norm", "dropout", "lora", "mlp", "linear", "loss", "pooling")
 NOT_ASKED_FOR = "it is not among the roles that were asked for"
 
 
@@ -212,7 +212,12 @@ def _replace_attention(model, inner):
 
 def _replace_ropes(model, inner):
     layers = rope.find(inner)
-    return _bind(layers, rope.forward_of(type(layers[0]))) if layers else 0
+    if not layers:
+        return 0
+    forward = rope.forward_of(type(layers[0]))
+    for layer in layers:
+        layer.__dict__["fastft_rotating"] = forward  # role lora binds the layer again, around this one
+    return _bind(layers, forward)
 
 
 def _replace_norms(model, inner):

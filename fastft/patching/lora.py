@@ -1,4 +1,5 @@
-"""Role `lora`: PEFT's lora.Linear, alone, as q, k and v of attention, or as a gated MLP, through fastft.ops.lora_*.
+"""Role `lora`: PEFT's lora.Linear, over whole weights or 4 bits, through fastft.ops.lora_*: alone, as q, k and v of
+attention, or as a gated MLP.
 
 PEFT may add, switch, merge or disable adapters at any time, so each call looks at the state of its layer; what the ops do
 not compute goes to the layer's own forward. Parameters are read as attributes inside a module's __call__ and saved as the
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from fastft import ops
+from fastft.nn import Linear4bit
 from fastft.ops import dispatch
 from fastft.patching.families import layer_class
 
@@ -88,14 +90,15 @@ def attention(self, hidden_states, *args, **kwargs):
     """Forward of attention: q, k and v are computed together, with a mask each, and handed to the layers that are asked."""
     layers = [getattr(self, name) for name in _qkv_names(self)]
     p = _shared_dropout(hidden_states, layers)
+    forward = self.__dict__.get("fastft_rotating", type(self).forward)
     # Under ZeRO-3 each layer is called for its own: its hooks gather and release its weights.
     if p is None or hasattr(layers[0].base_layer.weight, "ds_id"):
-        return type(self).forward(self, hidden_states, *args, **kwargs)
+        return forward(self, hidden_states, *args, **kwargs)
     ys = ops.lora_group(hidden_states, map(_parameters, layers), dropout_p=p)
     for layer, y in zip(layers, ys, strict=True):
         layer.__dict__["fastft_ready"] = hidden_states, y
     try:
-        return type(self).forward(self, hidden_states, *args, **kwargs)
+        return forward(self, hidden_states, *args, **kwargs)
     finally:  # else they would be kept where something interrupts, as activation checkpointing does
         for layer in layers:
             layer.__dict__.pop("fastft_ready", None)
@@ -135,7 +138,7 @@ def _why_not_class(layer):
 
     if type(layer) is not Linear:
         return f"a PEFT layer of class {type(layer).__name__}"
-    if type(layer.base_layer) is not nn.Linear or layer.fan_in_fan_out:
+    if type(layer.base_layer) not in (nn.Linear, Linear4bit) or layer.fan_in_fan_out:
         return f"an adapter on a {type(layer.base_layer).__name__}"
     return None
 
@@ -148,11 +151,10 @@ def _has_no_update(layer):
 
 def _why_not_served(x, layer):
     """Why `x` goes through the layer's own forward, or None."""
-    reason = why_not(layer)
-    weight = layer.base_layer.weight
-    if reason is not None or torch.is_autocast_enabled(x.device.type) or weight.dtype == x.dtype:
+    reason, base = why_not(layer), layer.base_layer
+    if reason is not None or isinstance(base, Linear4bit) or torch.is_autocast_enabled(x.device.type):
         return reason
-    return f"its input is {x.dtype} and its weight {weight.dtype}"
+    return None if base.weight.dtype == x.dtype else f"its input is {x.dtype} and its weight {base.weight.dtype}"
 
 
 def _shared_dropout(x, layers):
@@ -180,7 +182,8 @@ def _active(layer):
 def _parameters(layer):
     name = _active(layer)[0]
     base = layer.base_layer
-    return base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    weight = base.quantized if isinstance(base, Linear4bit) else base.weight
+    return weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
 
 
 def _dropout(layer):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastft
-from fastft.ops import dispatch, lora, lora_group, lora_linear, lora_mlp
+from fastft.ops import dispatch, lora, lora_group, lora_linear, lora_mlp, nf4
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["x", "weight", "bias", "lora_a", "lora_b"]
@@ -113,7 +113,7 @@ def test_mlp(backend, no_worse, poisoned, dtype, p):
 @pytest.mark.parametrize("function", ["linear", "mlp"])
 def test_products_in_fp32_where_half_precision_is_not_native(monkeypatch, no_worse, function):
     """As on a CPU without bf16 instructions; saved are still x and the parameters as they are."""
-    monkeypatch.setattr(lora, "native", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(nf4, "native", lambda dtype: dtype == torch.float32)
     tensors = draw(5, 12, dtype=torch.bfloat16), *layer(7, 12, 3, torch.bfloat16)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

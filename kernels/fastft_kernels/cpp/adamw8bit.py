@@ -11,7 +11,9 @@ from array import array
 import torch
 
 from fastft_kernels.cpp.adamw import update
-from fastft_kernels.cpp.extension import DTYPES, C, address
+from fastft_kernels.cpp.extension import DTYPES, C, address, why_not_cuda
+
+__all__ = ["adamw8bit", "dequantize", "lion8bit", "quantize", "why_not_cuda"]
 
 BLOCK = 256
 
@@ -43,13 +45,6 @@ def dequantize(codes, absmax, numel, signed, maps=None):
         address(codes), address(absmax), address(x), numel, int(signed), address(maps), torch.get_num_threads()
     )
     return x
-
-
-def why_not_cuda():
-    """Why the CUDA kernel cannot run here, or None."""
-    if C is None or not C.has_cuda:
-        return "the extension was built without CUDA: nvcc was not found, or failed"
-    return None if C.cuda_device_count() else "there is no CUDA device, or no driver"
 
 
 def _on_gpu(weights, grads, copies, states, scalars, maps):

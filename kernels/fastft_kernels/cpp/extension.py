@@ -26,3 +26,10 @@ def address(tensor):
 def row_stride(matrix):
     """Elements from one row of `matrix` to the next; 0 for None."""
     return 0 if matrix is None else matrix.stride(0)
+
+
+def why_not_cuda():
+    """Why CUDA kernels of the extension cannot run here, or None."""
+    if C is None or not C.has_cuda:
+        return "the extension was built without CUDA: nvcc was not found, or failed"
+    return None if C.cuda_device_count() else "there is no CUDA device, or no driver"
