@@ -1,11 +1,17 @@
 """AdamW with float32 state, and what all optimizers here share: lazy state, exact resuming."""
 
+import functools
+
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastft.ops import adamw as ops
 
 # What a group of an 8-bit optimizer says of its state: settled when it is made, and the same where the state is loaded.
 FIXED = ("state_bits", "code", "block_size", "format")
+
+
+MARK = "fastft"  # in each group: whose it is
 
 
 class Fused(torch.optim.Optimizer):
@@ -18,7 +24,8 @@ class Fused(torch.optim.Optimizer):
 
     def __init__(self, params, defaults):
         _check(**{name: defaults[name] for name in ("lr", "betas", "weight_decay", "eps") if name in defaults})
-        super().__init__(params, defaults)
+        super().__init__(params, {**defaults, MARK: type(self).__name__})
+        _watch()
 
     def add_param_group(self, param_group):
         given = {k: v for k, v in param_group.items() if k in ("lr", "betas", "weight_decay", "eps")}
@@ -115,6 +122,27 @@ class AdamW(Fused):
         moments = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
         hyper = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
         ops.adamw(params, grads, masters, *moments, **hyper, step=step, grad_divisor=grad_divisor)
+
+
+@functools.cache
+def _watch():
+    """Has every optimizer of the process looked at before it steps; once."""
+    register_optimizer_step_pre_hook(_refuse_a_substitute)
+
+
+def _refuse_a_substitute(optimizer, args, kwargs):
+    """Raises RuntimeError where an optimizer of DeepSpeed's steps with the groups of one of ours.
+
+    With optimizer offload Accelerate (1.15, map_pytorch_optim_to_deepspeed), and so HF Trainer, builds a DeepSpeedCPUAdam from
+    the groups of whatever optimizer it is given, without decoupled weight decay and without a word.
+    """
+    group = optimizer.param_groups[0] if optimizer.param_groups else {}
+    if MARK in group and type(optimizer).__module__.startswith("deepspeed."):
+        name = type(optimizer).__name__
+        raise RuntimeError(
+            f"{group[MARK]} was replaced by {name}: with offload_optimizer set, Accelerate does so unless the DeepSpeed "
+            f'configuration says "zero_force_ds_cpu_optimizer": false; say that, and {group[MARK]} is used'
+        )
 
 
 def _zeros(p):

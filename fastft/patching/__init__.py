@@ -106,7 +106,9 @@ def why_not(model_or_config):
     if not isinstance(inner, layer_class(config, "PreTrainedModel")):
         return f"{type(inner).__name__} is not one of transformers' own {config.model_type} classes"
     for name, module in inner.named_modules():
-        if "forward" in module.__dict__:
+        if "forward" in module.__dict__ and not (
+            module is inner and _is_causal_lm(inner)
+        ):  # that one is the loss alone
             return f"something else has replaced the forward of {name or type(inner).__name__} already: undo that first"
     return None
 
@@ -149,7 +151,7 @@ def _patch(model, inner, roles):
             replaced[role] = count
         elif reason is not None:
             kept[role] = reason
-    if type(inner) is layer_class(inner.config, "ForCausalLM"):
+    if _is_causal_lm(inner):
         reason = _why_not_served("cross_entropy", inner) or loss.why_kept(inner)
         reason = reason if "loss" in roles else NOT_ASKED_FOR
         if reason is None:
@@ -168,6 +170,10 @@ def _patch(model, inner, roles):
         replaced["pooling"] = pooled
     lora_kept = lora.kept(inner) if "lora" in roles else {}
     return _Patch(PatchReport(type(inner).__name__, replaced, kept, packs, lora_kept), previous, roles)
+
+
+def _is_causal_lm(inner):
+    return type(inner) is layer_class(inner.config, "ForCausalLM")
 
 
 def _why_not_served(op, inner):

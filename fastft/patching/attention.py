@@ -25,6 +25,8 @@ def make_mask(
 ):
     """The mask that all layers get: [B, S] as it came (None: no padding) for a batch that attends to itself, else dense."""
     whole = isinstance(q_offset, int) and q_offset == kv_offset == 0 and q_length == kv_length
+    if torch.compiler.is_compiling() and attention_mask is not None and "local_size" in settings:
+        whole = False  # whether the mask has gaps, over which a window cannot pass, cannot be asked in a graph
     if whole and not use_vmap and (attention_mask is None or attention_mask.shape[-1] == kv_length):
         return attention_mask
     return sdpa_mask(
@@ -78,15 +80,18 @@ def attend(
         longest = {"max_seqlen_q": max_length_q, "max_seqlen_k": max_length_k}
         out = ops.attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), **lengths, **longest, **settings)
         return out.view(q.shape), None
-    real = None if attention_mask is None else real_tokens(attention_mask, sliding_window is not None)
+    if attention_mask is None:
+        return ops.attention(q, k, v, **settings), None
+    compiling = torch.compiler.is_compiling()
+    real = _padding_last(attention_mask) if compiling else real_tokens(attention_mask, sliding_window is not None)
     if real is None:
         return ops.attention(q, k, v, **settings), None
     index, cu_seqlens = real
     packed = ops.attention(
         *(x.flatten(0, 1).index_select(0, index) for x in (q, k, v)), cu_seqlens_q=cu_seqlens, **settings
     )
-    out = packed.new_zeros(q.flatten(0, 1).shape).index_copy(0, index, packed)
-    return out.view(q.shape), None
+    out = packed.new_zeros(q.flatten(0, 1).shape).index_copy(0, index, packed).view(q.shape)
+    return torch.where(attention_mask.bool()[..., None, None], out, 0) if compiling else out, None
 
 
 def _soft_capped(module, query, key, value, allowed, dropout, scaling, softcap):
@@ -95,6 +100,17 @@ def _soft_capped(module, query, key, value, allowed, dropout, scaling, softcap):
     if allowed is not None and allowed.dtype == torch.bool:
         allowed = torch.where(allowed, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
     return eager(module, query, key, value, allowed, dropout=dropout, scaling=scaling, softcap=softcap)
+
+
+def _padding_last(mask):
+    """mask [B, S] -> (index of all tokens, cu_seqlens): the examples, and after them the padding as one more.
+
+    A graph has fixed shapes, so here the padding is computed too; nobody reads it.
+    """
+    mask = mask.bool()
+    index = torch.argsort((~mask).flatten().to(torch.uint8), stable=True)
+    ends = torch.nn.functional.pad(mask.sum(1).cumsum(0), (0, 1), value=mask.numel())
+    return index, torch.nn.functional.pad(ends, (1, 0)).int()
 
 
 @torch.compiler.disable

@@ -52,8 +52,10 @@ def forward(self, *args, return_stats=False, label_smoothing=0.0, **kwargs):
 
     Raises ValueError for `return_stats` or `label_smoothing` where the fused loss cannot serve.
     """
-    given = {**dict(zip(self.fastft_arguments, args, strict=False)), **kwargs}
-    reason = _why_not_now(self, given, return_stats)
+    reason = "the model is not patched any more"  # but a trainer wrapped this forward when it was
+    if "_fastft_patch" in self.__dict__:
+        given = {**dict(zip(self.fastft_arguments, args, strict=False)), **kwargs}
+        reason = _why_not_now(self, given, return_stats)
     if reason is None:
         return _fused(self, return_stats, label_smoothing, **given)
     if return_stats or label_smoothing:
@@ -119,6 +121,8 @@ def why_kept(inner):
     """Why the loss of this model stays as it is, or None."""
     if not family_of(inner.config).decoder:
         return "its head transforms the hidden states before it multiplies them"
+    if "forward" in inner.__dict__:
+        return f"something else, a trainer perhaps, has replaced the forward of {type(inner).__name__}"
     if getattr(inner, "loss_function", None) is not ForCausalLMLoss:
         return "its loss is not that of causal language models"
     if not _leaves(inner.get_output_embeddings()):
