@@ -11,6 +11,7 @@
 
 #include "common/tensor_list.h"
 #include "cpu/adamw.h"
+#include "cpu/nf4.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rope.h"
 
@@ -101,6 +102,19 @@ void case_rope(DType dtype, DType angle_dtype) {
   }
 }
 
+void case_nf4(DType dtype) {
+  const int64_t size = size_of(dtype);
+  for (int64_t n : {1, 63, 64, 65, 1000}) {
+    const int64_t blocks = (n + 63) / 64;
+    Buffer x(n, size, true), y(n, size, false), codes((n + 1) / 2, 1, false), absmax(blocks, 4, false);
+    Buffer codes8(blocks, 1, true), map(256, 4, true), nested(1, 4, true);
+    nf4_quantize(x.as<void>(), codes.as<uint8_t>(), absmax.as<float>(), n, 64, dtype, 2);
+    nf4_dequantize(codes.as<uint8_t>(), absmax.as<void>(), nullptr, nullptr, 0.0f, y.as<void>(), n, 64, dtype, 2);
+    nf4_dequantize(codes.as<uint8_t>(), codes8.as<void>(), map.as<float>(), nested.as<float>(), 0.5f, y.as<void>(), n, 64,
+                   dtype, 2);
+  }
+}
+
 // More than 2^31 elements: the arithmetic of pieces, on tensors that are not there.
 void case_many_elements() {
   const int64_t big = (int64_t{1} << 33) + 5, rows[] = {7, 0, big, 0, 0, 0, 3, 0};
@@ -123,6 +137,7 @@ int main() {
     active_isa() = static_cast<Isa>(isa);
     for (DType grad : kDTypes) {
       case_rms_norm(grad);
+      case_nf4(grad);
       for (DType copy : kDTypes) case_adamw(grad, copy, nullptr);
       for (DType angle : kDTypes) case_rope(grad, angle);
       case_adamw(grad, DType::bfloat16, maps.data());
