@@ -2,9 +2,10 @@
 
 from fastft.nn.attention import FusedAttention
 from fastft.nn.dropout import Dropout
+from fastft.nn.gelu import GELU
 from fastft.nn.layer_norm import LayerNorm
 from fastft.nn.linear_cross_entropy import LinearCrossEntropyLoss
 from fastft.nn.lora import LoRALinear
 from fastft.nn.rms_norm import RMSNorm
 
-__all__ = ["Dropout", "FusedAttention", "LayerNorm", "LinearCrossEntropyLoss", "LoRALinear", "RMSNorm"]
+__all__ = ["GELU", "Dropout", "FusedAttention", "LayerNorm", "LinearCrossEntropyLoss", "LoRALinear", "RMSNorm"]
