@@ -12,6 +12,7 @@
 #include "common/isa.h"
 #include "cpu/adamw.h"
 #include "cpu/gated_activation.h"
+#include "cpu/gelu.h"
 #include "cpu/dropout.h"
 #include "cpu/layer_norm.h"
 #include "cpu/cross_entropy.h"
@@ -92,6 +93,8 @@ PYBIND11_MODULE(_C, module) {
   define(module, "dequantize8", dequantize8);
   define(module, "gated_activation_forward", gated_activation_forward);
   define(module, "gated_activation_backward", gated_activation_backward);
+  define(module, "gelu_forward", gelu_forward);
+  define(module, "gelu_backward", gelu_backward);
   define(module, "lion8bit", lion8bit);
   define(module, "quantize8", quantize8);
   define(module, "dropout", dropout);

@@ -1,4 +1,5 @@
-// Vectors along the columns of a matrix: parameters that every row reads, and gradients that all rows add to.
+// The rows of a matrix in pieces, and vectors along its columns: parameters that every row reads, gradients that all rows
+// add to.
 #pragma once
 
 #include <algorithm>
@@ -20,6 +21,17 @@ inline std::vector<float> widened(const void* values, DType dtype, int64_t cols,
     for (int64_t j = 0; j < cols; ++j) wide[j] = offset + widen(from[j]);
   });
   return wide;
+}
+
+// Calls body.piece(row, first column, width) for the pieces of rows that make up the elements [begin, end).
+template <class Body>
+FASTFT_INLINE void over_rows(int64_t begin, int64_t end, int64_t cols, const Body& body) {
+  while (begin < end) {
+    const int64_t row = begin / cols, first = begin % cols;
+    const int64_t width = std::min(cols - first, end - begin);
+    body.piece(row, first, width);
+    begin += width;
+  }
 }
 
 // How many rows a chunk has, each of which sums its own rows: a function of the problem alone.

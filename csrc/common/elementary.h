@@ -1,4 +1,4 @@
-// exp, tanh, erf and the logistic function in float, to about two units in the last place.
+// exp and tanh in float, to about two units in the last place.
 //
 // Without branches and without the C library, whose functions do not vectorise and differ between machines: the same bits
 // on every instruction set. NaN gives NaN.
@@ -31,8 +31,6 @@ FASTFT_INLINE float exp_of(float x) {
   return p * float_of(half << 23) * float_of((power - half) << 23);
 }
 
-FASTFT_INLINE float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
-
 FASTFT_INLINE float tanh_of(float x) {
   const float magnitude = float_of(bits_of(x) & 0x7fffffffu);
   const float large = 1.0f - 2.0f / (exp_of(2.0f * magnitude) + 1.0f);
@@ -44,28 +42,6 @@ FASTFT_INLINE float tanh_of(float x) {
   p = p * s - 3.33332819422e-1f;
   const float small = p * s * magnitude + magnitude;
   return float_of(bits_of(magnitude < 0.625f ? small : large) | (bits_of(x) & 0x80000000u));
-}
-
-FASTFT_INLINE float erf_of(float x) {
-  const float magnitude = float_of(bits_of(x) & 0x7fffffffu);
-  const float t = magnitude > 4.0f ? 4.0f : magnitude;  // erf(4) rounds to 1
-  const float s = t * t;
-  float a = -1.72853470e-5f * t + 3.83197126e-4f;
-  const float b = -3.88396438e-3f * t + 2.42546219e-2f;
-  a = a * s + b;
-  a = a * t - 1.06777877e-1f;
-  a = a * t - 6.34846687e-1f;
-  a = a * t - 1.28717512e-1f;
-  a = a * t - t;
-  const float large = 1.0f - exp_of(a);
-  float c = -5.96761703e-4f;
-  c = c * s + 4.99119423e-3f;
-  c = c * s - 2.67681349e-2f;
-  c = c * s + 1.12819925e-1f;
-  c = c * s - 3.76125336e-1f;
-  c = c * s + 1.28379166e-1f;
-  const float small = c * t + t;
-  return float_of(bits_of(t > 0.927734375f ? large : small) | (bits_of(x) & 0x80000000u));
 }
 
 }  // namespace fastft

@@ -2,11 +2,10 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/dtype.h"
 
 namespace fastft {
-
-enum class Activation : int { silu, gelu, gelu_tanh };  // the order of reference/gated_activation.py
 
 // All have `dtype`. Row strides are in elements, and the elements of a row are adjacent; y, dgate and dup are contiguous
 // [rows, cols].

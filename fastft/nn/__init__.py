@@ -2,6 +2,7 @@
 
 from fastft.nn.attention import FusedAttention
 from fastft.nn.dropout import Dropout
+from fastft.nn.gelu import GELU
 from fastft.nn.layer_norm import LayerNorm
 from fastft.nn.linear4bit import Linear4bit
 from fastft.nn.linear_cross_entropy import LinearCrossEntropyLoss
@@ -10,6 +11,7 @@ from fastft.nn.rms_norm import RMSNorm
 from fastft.nn.rope import RotaryEmbedding
 
 __all__ = [
+    "GELU",
     "Dropout",
     "FusedAttention",
     "LayerNorm",

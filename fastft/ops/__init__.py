@@ -6,6 +6,7 @@ The functions are bound here, eagerly, so that none turns into the submodule of 
 from fastft.ops.attention import attention
 from fastft.ops.dropout import dropout
 from fastft.ops.gated_activation import geglu, swiglu
+from fastft.ops.gelu import gelu
 from fastft.ops.layer_norm import layer_norm
 from fastft.ops.linear import linear
 from fastft.ops.linear_cross_entropy import linear_cross_entropy
@@ -22,6 +23,7 @@ __all__ = [
     "dequantize_nf4",
     "dropout",
     "geglu",
+    "gelu",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

@@ -11,6 +11,8 @@
 
 #include "common/tensor_list.h"
 #include "cpu/adamw.h"
+#include "cpu/gated_activation.h"
+#include "cpu/gelu.h"
 #include "cpu/nf4.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rope.h"
@@ -115,6 +117,22 @@ void case_nf4(DType dtype) {
   }
 }
 
+void case_activations(DType dtype) {
+  const int64_t rows = 3, cols = 77, n = rows * cols, size = size_of(dtype);
+  Buffer x(n, size, true), bias(cols, size, true), y(n, size, false), dx(n, size, false), dbias(cols, size, false);
+  for (Activation act : {Activation::silu, Activation::gelu, Activation::gelu_tanh}) {
+    gelu_forward(x.as<void>(), cols, bias.as<void>(), y.as<void>(), rows, cols, act, dtype, dtype, 2);
+    gelu_backward(y.as<void>(), cols, x.as<void>(), cols, bias.as<void>(), dx.as<void>(), dbias.as<void>(), rows, cols,
+                  act, dtype, dtype, 2);
+    gelu_backward(y.as<void>(), cols, x.as<void>(), cols, nullptr, dx.as<void>(), nullptr, rows, cols, act, dtype, dtype,
+                  2);
+    gated_activation_forward(x.as<void>(), cols, y.as<void>(), cols, dx.as<void>(), rows, cols, act, dtype, 2);
+    Buffer dup(n, size, false);
+    gated_activation_backward(y.as<void>(), cols, x.as<void>(), cols, y.as<void>(), cols, dx.as<void>(), dup.as<void>(),
+                              rows, cols, act, dtype, 2);
+  }
+}
+
 // More than 2^31 elements: the arithmetic of pieces, on tensors that are not there.
 void case_many_elements() {
   const int64_t big = (int64_t{1} << 33) + 5, rows[] = {7, 0, big, 0, 0, 0, 3, 0};
@@ -138,6 +156,7 @@ int main() {
     for (DType grad : kDTypes) {
       case_rms_norm(grad);
       case_nf4(grad);
+      case_activations(grad);
       for (DType copy : kDTypes) case_adamw(grad, copy, nullptr);
       for (DType angle : kDTypes) case_rope(grad, angle);
       case_adamw(grad, DType::bfloat16, maps.data());
