@@ -7,6 +7,7 @@ clipping, reduction and 16-bit section would triple a small step. Stages 1 to 3 
 import atexit
 import contextlib
 import ctypes
+import importlib
 import io
 import json
 import logging
@@ -163,11 +164,28 @@ def build_engine(model, args, config, dtype, total_steps):
     schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup, total_steps, scheduler_specific_kwargs=extra)
     if optimizer_class not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
+    _import_muon()
     with contextlib.redirect_stdout(io.StringIO()):  # the bf16 wrapper prints its memory use, unasked
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     if stage == 0:
         engine.enable_backward_allreduce = False  # the optimizer reduces, once a step and in fp32
     return engine, schedule
+
+
+def _import_muon():
+    """Imports an optimizer of DeepSpeed's that nobody here uses, without compiling it.
+
+    DeepSpeed imports it to look at its class, and it is decorated with torch.compile, which loads all of inductor: 4 s of
+    each rank's start.
+    """
+    whole = torch.compile
+    torch.compile = lambda *args, **options: args[0] if args else lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    except ImportError:  # other versions may not have it
+        pass
+    finally:
+        torch.compile = whole
 
 
 def choose_optimizer(args, config, dtype):

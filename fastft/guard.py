@@ -88,6 +88,13 @@ class Guard:
             self._wish = 0
         return wish.item()
 
+    def everywhere(self, flag):
+        """Whether `flag` holds on every rank. Every rank calls it, and all get the same."""
+        agreed = torch.tensor(int(flag))
+        if not self._alone:
+            dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self._group)
+        return bool(agreed.item())
+
     def _on_signal(self, number, frame):
         if number == getattr(signal, "SIGUSR1", None):
             self._wish = max(self._wish, SAVE)

@@ -19,9 +19,8 @@ import torch.distributed as dist
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fastft import checkpoint
 from fastft.arguments import Arguments
-from fastft.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from fastft.checkpoint import TrainState, find_checkpoint, load_checkpoint, loading, save_checkpoint
 from fastft.engine import backward, build_engine, deepspeed_config, init_ranks, leave
 from fastft.export import save_model
 from fastft.shards import load_shard
@@ -149,16 +148,16 @@ def broken_restore_is_noticed(out, what):
     path, expected = interrupted(engine(2, "bf16", None), out)
     fresh = engine(2, "bf16", None, seed=1)
     reseed(99)
-    whole = checkpoint._restore_streams
+    whole = loading.restore_streams
     if what == "random streams":
-        checkpoint._restore_streams = lambda streams: None
+        loading.restore_streams = lambda streams: None
     else:
         drop = {"optimizer": "load_optimizer_states", "schedule": "load_lr_scheduler_states"}[what]
         fresh.load_checkpoint = partial(fresh.load_checkpoint, **{drop: False})
     try:
         load_checkpoint(fresh, path)
     finally:
-        checkpoint._restore_streams = whole
+        loading.restore_streams = whole
     assert train(fresh, STEPS, 2 * STEPS) != expected, f"nobody noticed that {what} was not restored"
 
 

@@ -8,6 +8,7 @@ long the last rank outlived the first.
 A hook is [name, *arguments], called in every rank before training: see the functions with its name below.
 """
 
+import gc
 import json
 import os
 import signal
@@ -17,26 +18,47 @@ import time
 from pathlib import Path
 
 import deepspeed
+import matplotlib.pyplot  # noqa: F401 - what the ranks would import, each of them again
 import torch
 
-from fastft import checkpoint
 from fastft import train as loop
 from fastft.arguments import Arguments
+from fastft.checkpoint import loading
 from fastft.data import StepPlan
+from fastft.engine import _import_muon
 from fastft.tasks.causal_lm import Task
 
 
-def kill_in_backward(rank, count):
-    """SIGKILL in the back-propagation of a micro-batch, counted from 1: inside an accumulation where count is odd."""
+def kill_in_backward(rank, count, when="saved"):
+    """SIGKILL in the back-propagation of a micro-batch, counted from 1: inside an accumulation where count is odd.
+
+    when: `saved` waits for the checkpoint under way, so that the next launch starts from it; `now` does not.
+    """
     whole, calls = loop.backward, [0]
+    savers = remember_savers()
 
     def backward(*args):
         calls[0] += 1
         if calls[0] == count and int(os.environ["RANK"]) == rank:
+            while when == "saved" and not all(saver.done for saver in savers):
+                time.sleep(0.001)
             os.kill(os.getpid(), signal.SIGKILL)
         whole(*args)
 
     loop.backward = backward
+
+
+def remember_savers():
+    """The list that the run's Saver will be in."""
+    savers = []
+
+    class Remembered(loop.Saver):
+        def __enter__(self):
+            savers.append(self)
+            return super().__enter__()
+
+    loop.Saver = Remembered
+    return savers
 
 
 def kill_in_evaluation(rank, count):
@@ -90,7 +112,7 @@ def kill_after(ranks, seconds):
 def drop(what):
     """A resume that loses a part: what the equality tests must notice."""
     if what == "random streams":
-        checkpoint._restore_streams = lambda streams: None
+        loading.restore_streams = lambda streams: None
     elif what == "scales":  # of the 8-bit moments
         whole = loop.load_checkpoint
 
@@ -156,7 +178,16 @@ def run(launch):
     return {"codes": codes, "seconds": ends[-1] - ends[0], "output": output}
 
 
+def prepare():
+    """Does once what each rank would do, so that a fork has it."""
+    _import_muon()
+    list(deepspeed.ops.__compatible_ops__)
+    gc.collect()
+    gc.freeze()  # or the first collection of each rank would touch, and so copy, all of it
+
+
 def main(cases, out):
+    prepare()
     for name, launches in json.loads(Path(cases).read_text()).items():
         outcome = [run(launch) for launch in launches]
         (Path(out) / f"{name}.json").write_text(json.dumps(outcome))

