@@ -33,8 +33,8 @@ PATIENCE = 60  # seconds for one file, a hundred times what the slowest takes
 
 TEXTS = [
     "", " ", "fine", "good", "bad", "0", "1", "-0", "2.5", "1e400", "NaN", "inf", "+-3", "٣", "²", "null",
-    "true", "9" * 5000,
-    "\x00", "a\x00b", "\x1b[31mred\x1b[0m", "\x07\x08\x7f\x85\x9f", "\r", "\n\n", "\t", "\u2028", "\ufeff", "\ud800", "x\udfffy",
+    "true", "9" * 5000, "x\udfffy",
+    "\x00", "a\x00b", "\x1b[31mred\x1b[0m", "\x07\x08\x7f\x85\x9f", "\r", "\n\n", "\t", "\u2028", "\ufeff", "\ud800",
     "\u202egnp.exe", "\u200f\u2066", "שלום עולם", "e\u0301" * 10, "\U0001f600" * 5, "\U0010ffff", '"', '""', "'", ",", ";",
     "<|endoftext|>", "</s>", "{{ 7 * 7 }}", "word " * 500, "a" * 5000, "[", "{", '{"text": "a"}',
 ]  # fmt: skip
