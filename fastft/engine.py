@@ -38,11 +38,41 @@ class Ranks:
         return self.rank == 0
 
 
+class LauncherError(ValueError):
+    """What a launcher should have said of this rank is missing or cannot be."""
+
+    of_this_rank = True  # so each rank says it for itself
+
+
+def check_launcher(environment):
+    """Raises LauncherError for half a launcher's variables, which DeepSpeed would fill by asking MPI, or wait for ever."""
+    remedy = "start ranks with `fastft train`, `deepspeed` or `torchrun`, or unset RANK and WORLD_SIZE to train alone"
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not environment.get(name)]
+    if "RANK" in missing and environment.get("WORLD_SIZE", "1") in ("1", ""):
+        return
+    if missing:
+        given = " and ".join(f"{n}={environment[n]}" for n in ("RANK", "WORLD_SIZE") if environment.get(n))
+        raise LauncherError(f"{given} is set, but not {', '.join(missing)}: {remedy}")
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_SIZE"):
+        text = environment.get(name, "0" if name == "LOCAL_RANK" else "1")
+        if not (text.isascii() and text.isdecimal() and len(text) < 10):
+            raise LauncherError(f"{name}={text!r:.40} is set, which must be a whole number: {remedy}")
+        numbers[name] = int(text)
+    for name, low, end in (("WORLD_SIZE", 1, 10**9), ("RANK", 0, numbers["WORLD_SIZE"]), ("MASTER_PORT", 1, 65536)):
+        if not low <= numbers[name] < end:
+            raise LauncherError(f"{name}={numbers[name]} is set, which must be from {low} to {end - 1}: {remedy}")
+
+
 def init_ranks(timeout=1800):
     """Joins the process group that the launcher describes, or a group of one where there is no launcher.
 
     timeout: seconds after which a rank gives up waiting for the others; a minute later than the loop's own watchdog.
+    Raises LauncherError (a ValueError) where the launcher's variables are incomplete or cannot be.
     """
+    if not dist.is_initialized():
+        check_launcher(os.environ)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
     import deepspeed

@@ -135,7 +135,7 @@ def report(error):
         text = f"rank {rank()}: another rank ended, killed (out of memory?) or for the reason above ({reason:.200})"
     elif isinstance(error, (ValueError, FloatingPointError, OSError, Stopped)):
         text = f"fastft train: {'stopped' if isinstance(error, Stopped) else 'error'}: {error}"
-        if not _first_to_say(text):
+        if not getattr(error, "of_this_rank", False) and not _first_to_say(text):
             text = None
     else:
         text = f"rank {rank()} failed:\n{''.join(traceback.format_exception(error))}"
