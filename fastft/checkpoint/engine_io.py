@@ -26,6 +26,7 @@ class EngineIO:
     def __init__(self, inner, beside):
         self.inner, self.beside = inner, beside
         self.error, self.kept, self.written = None, {}, {}
+        self._seen = None
 
     def __getattr__(self, name):
         return getattr(self.inner, name)
@@ -60,7 +61,13 @@ class EngineIO:
             raise OSError(f"{path} could not be written, {free / 1e6:,.0f} MB are free there: {error}") from error
 
     def load(self, path, map_location=None):
-        return load_shard(path, map_location)
+        """DeepSpeed reads a file once to look at it and once to use it: the second time it gets what was read before."""
+        seen, self._seen = self._seen, None
+        if seen is not None and seen[0] == path:
+            return seen[1]
+        content = load_shard(path, map_location)
+        self._seen = path, content
+        return content
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastft.arguments import Arguments
 from fastft.checkpoint import TrainState, find_checkpoint, load_checkpoint, loading, save_checkpoint
+from fastft.checkpoint.manifest import SMALL
 from fastft.engine import backward, build_engine, deepspeed_config, init_ranks, leave
 from fastft.export import save_model
 from fastft.shards import load_shard
@@ -314,6 +315,22 @@ def separate_disks(out, stage):
     assert train(fresh, STEPS, 2 * STEPS) == expected
 
 
+def reads_once(out, stage):
+    """Finding and loading a checkpoint reads no more than this rank's part of it, and that once."""
+    built = engine(stage, "fp32", None, hidden=256)
+    train(built, 0, 1)
+    path = save_checkpoint(built, out, TrainState(step=1))
+    other = f"rank_{1 - dist.get_rank()}_"
+    mine = sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and other not in file.name)
+    load_checkpoint(built, path)  # what Python imports on the way is read here
+    read = lambda: int(Path("/proc/self/io").read_text().split()[1])
+    before = read()
+    load_checkpoint(built, find_checkpoint(out, "auto"))
+    found = read() - before
+    small = sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and file.stat().st_size <= SMALL)
+    assert mine > 5 * small and mine <= found + small and found <= mine + 2 * small, (mine, found, small)
+
+
 def failed_export(out):
     """The disk fills while rank 0 writes the model: all ranks raise, and the model that was there still loads."""
     built = engine(3, "bf16", None)
@@ -358,6 +375,8 @@ CHECKS |= {
     "disk full on rank 0": partial(full_disk, stage=0, full_rank=0),
     "disk full on rank 1": partial(full_disk, stage=2, full_rank=1),
     "disk full during export": failed_export,
+    "reading once, stage 2": partial(reads_once, stage=2),
+    "reading once, stage 3": partial(reads_once, stage=3),
     "separate disks, stage 0": partial(separate_disks, stage=0),
     "separate disks, stage 3": partial(separate_disks, stage=3),
 }

@@ -11,6 +11,8 @@ A hook is [name, *arguments], called in every rank before training: see the func
 import gc
 import json
 import os
+import random
+import resource
 import signal
 import socket
 import sys
@@ -109,6 +111,26 @@ def kill_after(ranks, seconds):
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
+def full_disk(seed):
+    """Around each save the disk of one rank takes files up to some size only: both are drawn, alike on all ranks."""
+    draw, (_, hard) = random.Random(seed), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class OnFullDisk(loop.Saver):
+        def start(self, state):
+            full, size = draw.randrange(2), int(10 ** draw.uniform(3.8, 5.5))
+            if full == int(os.environ["RANK"]):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+            super().start(state)
+
+        def settle(self, state):
+            try:
+                super().settle(state)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    loop.Saver = OnFullDisk
+
+
 def drop(what):
     """A resume that loses a part: what the equality tests must notice."""
     if what == "random streams":
@@ -148,7 +170,8 @@ def start(launch, rank, port, log):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     if "hook" in launch:
         name, *arguments = launch["hook"]
-        {f.__name__: f for f in (kill_in_backward, kill_in_evaluation, in_backward, kill_after, drop)}[name](*arguments)
+        hooks = (kill_in_backward, kill_in_evaluation, in_backward, kill_after, full_disk, drop)
+        {f.__name__: f for f in hooks}[name](*arguments)
     loop.leave(loop.run(Arguments(**launch["arguments"])))
 
 

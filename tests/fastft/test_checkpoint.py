@@ -23,6 +23,7 @@ CHECKS = [
     *("refusals", "another base model", "rotation"),
     *("disk full on rank 0", "disk full on rank 1", "disk full during export"),
     *("separate disks, stage 0", "separate disks, stage 3"),
+    *("reading once, stage 2", "reading once, stage 3"),
 ]
 
 
