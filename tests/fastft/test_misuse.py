@@ -299,7 +299,7 @@ def refused(name, function, arguments, argument, must):
         assert place.startswith(HERE) or "required positional" in str(error), f"raised by {place}: {error!r}"
         assert 15 < len(str(error)) < 1000 and "\n" not in str(error), f"no sentence: {error!r}"
         last = name.split(".")[-1] if "forward" not in name else name.split(".")[-2]
-        names = (argument, argument.split("_")[0], last.split(",")[0], last.split("_")[-1])
+        names = (argument, argument.split("_")[0], last.split(",")[0], last.split("_")[-1], "cannot serve")
         assert any(n in str(error) for n in names), f"names neither {argument} nor {last}: {error!r}"
         return
     assert not must, "not refused"
