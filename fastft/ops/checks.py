@@ -46,8 +46,9 @@ def whole_numbers(op, at_least=-(2**63), **values):
     for name, value in values.items():
         if isinstance(value, (bool, torch.Tensor)) or not hasattr(type(value), "__index__"):
             raise _wrong(op, name, value, "a whole number")
-        if not at_least <= value < 2**63:
-            raise ValueError(f"{op}: {name} is {value}; it must be from {at_least} to 2 ** 63 - 1")
+        if value < at_least or value >= 2**63:
+            limit = f"at least {at_least}" if value < at_least else "below 2 ** 63"
+            raise ValueError(f"{op}: {name} is {value}; it must be {limit}")
 
 
 def choice(op, choices, **values):
