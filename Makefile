@@ -8,7 +8,7 @@ BUILT_FROM := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint matrix families bench clean
+.PHONY: demo test lint matrix families reliability bench clean
 
 demo: .venv/installed
 	$(BIN)/deepspeed --quiet fastft/train.py
@@ -27,6 +27,10 @@ matrix: .venv/installed-test
 # Every text architecture of transformers, patched or refused; the table goes to docs/families.md. `make test` runs a sample.
 families: .venv/installed-test
 	$(BIN)/python tests/families.py --write docs/families.md
+
+# Every kill case and a soak of 200 kills: about an hour on two cores. Writes docs/reliability.json and its table.
+reliability: .venv/installed-test
+	$(BIN)/python tests/fastft/reliability.py
 
 bench: .venv/installed-test
 	$(BIN)/pytest benchmarks --benchmark-only $(PYTEST_ARGS)

@@ -33,10 +33,11 @@ class Runs:
     """what the side returned"""
 
 
-def measure(sides, rounds, *, warmup=2, seed=0):
+def measure(sides, rounds, *, warmup=2, seed=0, between=None):
     """{name: Runs} of `sides` {name: f(round number)}: every round runs each side once, in an order drawn anew.
 
     A round's number stands for its input, the same for all sides. The first `warmup` rounds are not recorded.
+    between: called with the number before each side, and not timed.
     """
     runs = {name: Runs() for name in sides}
     order = list(sides)
@@ -44,6 +45,8 @@ def measure(sides, rounds, *, warmup=2, seed=0):
     for number in range(warmup + rounds):
         shuffle(order)
         for name in order:
+            if between is not None:
+                between(number)
             seconds, cpu_seconds, value = timed(sides[name], number)
             if number >= warmup:
                 runs[name].wall.append(seconds)

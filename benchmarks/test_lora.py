@@ -57,7 +57,7 @@ def fused(model, dropout):
         return layer.base_layer.weight, None, a, b, layer.scaling["default"]
 
     def run(x):
-        q, k, v = ops.lora_group(x, map(parameters, "qkv"), dropout_p=dropout)
+        q, k, v = ops.lora_group(x, [parameters(name) for name in "qkv"], dropout_p=dropout)
         x = ops.lora_linear(q + k + v, *parameters("o"), dropout_p=dropout)
         return ops.lora_mlp(x, *map(parameters, ("gate", "up", "down")), dropout_p=dropout)
 

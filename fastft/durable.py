@@ -99,8 +99,10 @@ def tell(text):
 
 
 @contextlib.contextmanager
-def together(what):
+def together(what, group=None):
     """A block that succeeds on all ranks or raises on all: every rank enters it, and its end is a barrier.
+
+    group: all ranks in a process group of their own, for a thread beside the one that trains.
 
     Inside, no rank may wait for another, because one that failed never arrives. Every rank raises the error of the
     first rank that failed: a ValueError as it is, an OSError or RuntimeError as "<what>: rank 1: <error>".
@@ -110,7 +112,7 @@ def together(what):
         yield
     except Exception as caught:
         error = caught
-    failures = [failure for failure in share(_describe(error)) if failure is not None]
+    failures = [failure for failure in share(_describe(error), group) if failure is not None]
     if failures:
         kind, text = failures[0]
         raise kind(text if kind is ValueError else f"{what}: {text}") from error
@@ -130,10 +132,10 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def share(value):
-    """The value of every rank, in order of rank."""
+def share(value, group=None):
+    """The value of every rank, in order of rank; group as in `together`."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values

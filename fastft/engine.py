@@ -7,6 +7,7 @@ clipping, reduction and 16-bit section would triple a small step. Stages 1 to 3 
 import atexit
 import contextlib
 import ctypes
+import importlib
 import io
 import json
 import logging
@@ -37,11 +38,41 @@ class Ranks:
         return self.rank == 0
 
 
+class LauncherError(ValueError):
+    """What a launcher should have said of this rank is missing or cannot be."""
+
+    of_this_rank = True  # so each rank says it for itself
+
+
+def check_launcher(environment):
+    """Raises LauncherError for half a launcher's variables, which DeepSpeed would fill by asking MPI, or wait for ever."""
+    remedy = "start ranks with `fastft train`, `deepspeed` or `torchrun`, or unset RANK and WORLD_SIZE to train alone"
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not environment.get(name)]
+    if "RANK" in missing and environment.get("WORLD_SIZE", "1") in ("1", ""):
+        return
+    if missing:
+        given = " and ".join(f"{n}={environment[n]}" for n in ("RANK", "WORLD_SIZE") if environment.get(n))
+        raise LauncherError(f"{given} is set, but not {', '.join(missing)}: {remedy}")
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_SIZE"):
+        text = environment.get(name, "0" if name == "LOCAL_RANK" else "1")
+        if not (text.isascii() and text.isdecimal() and len(text) < 10):
+            raise LauncherError(f"{name}={text!r:.40} is set, which must be a whole number: {remedy}")
+        numbers[name] = int(text)
+    for name, low, end in (("WORLD_SIZE", 1, 10**9), ("RANK", 0, numbers["WORLD_SIZE"]), ("MASTER_PORT", 1, 65536)):
+        if not low <= numbers[name] < end:
+            raise LauncherError(f"{name}={numbers[name]} is set, which must be from {low} to {end - 1}: {remedy}")
+
+
 def init_ranks(timeout=1800):
     """Joins the process group that the launcher describes, or a group of one where there is no launcher.
 
     timeout: seconds after which a rank gives up waiting for the others; a minute later than the loop's own watchdog.
+    Raises LauncherError (a ValueError) where the launcher's variables are incomplete or cannot be.
     """
+    if not dist.is_initialized():
+        check_launcher(os.environ)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found nothing better
     import deepspeed
@@ -163,11 +194,28 @@ def build_engine(model, args, config, dtype, total_steps):
     schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup, total_steps, scheduler_specific_kwargs=extra)
     if optimizer_class not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(optimizer_class)
+    _import_muon()
     with contextlib.redirect_stdout(io.StringIO()):  # the bf16 wrapper prints its memory use, unasked
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     if stage == 0:
         engine.enable_backward_allreduce = False  # the optimizer reduces, once a step and in fp32
     return engine, schedule
+
+
+def _import_muon():
+    """Imports an optimizer of DeepSpeed's that nobody here uses, without compiling it.
+
+    DeepSpeed imports it to look at its class, and it is decorated with torch.compile, which loads all of inductor: 4 s of
+    each rank's start.
+    """
+    whole = torch.compile
+    torch.compile = lambda *args, **options: args[0] if args else lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    except ImportError:  # other versions may not have it
+        pass
+    finally:
+        torch.compile = whole
 
 
 def choose_optimizer(args, config, dtype):

@@ -88,6 +88,13 @@ class Guard:
             self._wish = 0
         return wish.item()
 
+    def everywhere(self, flag):
+        """Whether `flag` holds on every rank. Every rank calls it, and all get the same."""
+        agreed = torch.tensor(int(flag))
+        if not self._alone:
+            dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self._group)
+        return bool(agreed.item())
+
     def _on_signal(self, number, frame):
         if number == getattr(signal, "SIGUSR1", None):
             self._wish = max(self._wish, SAVE)
@@ -128,7 +135,7 @@ def report(error):
         text = f"rank {rank()}: another rank ended, killed (out of memory?) or for the reason above ({reason:.200})"
     elif isinstance(error, (ValueError, FloatingPointError, OSError, Stopped)):
         text = f"fastft train: {'stopped' if isinstance(error, Stopped) else 'error'}: {error}"
-        if not _first_to_say(text):
+        if not getattr(error, "of_this_rank", False) and not _first_to_say(text):
             text = None
     else:
         text = f"rank {rank()} failed:\n{''.join(traceback.format_exception(error))}"

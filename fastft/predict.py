@@ -36,7 +36,12 @@ def predict(model_dir, file, output=None, *, overwrite=False, batch_size=16, see
     answers = task.predict(model, tokenizer, rows, batch_size, **options)
     with _writing(output) as out, _naming(file):
         for answer in tqdm(answers, unit=" rows", disable=None if output else True):
-            out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            out.write(as_line(answer) + "\n")
+
+
+def as_line(row):
+    """A row as one line of JSON that any file can take: dates and bytes as text, half of a surrogate pair as an escape."""
+    return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode()
 
 
 def evaluate(model_dir, file, *, batch_size=16, retold=None):

@@ -23,12 +23,12 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from fastft import demo
 from fastft.arguments import parse_arguments
-from fastft.checkpoint import TrainState, find_checkpoint, keep_step_size, load_checkpoint, save_checkpoint
+from fastft.checkpoint import Saver, TrainState, find_checkpoint, keep_step_size, load_checkpoint
 from fastft.data import Collator, StepPlan, eval_batches
 from fastft.durable import share
 from fastft.engine import backward, build_engine, choose_dtype, deepspeed_config, init_ranks, leave
 from fastft.export import save_model
-from fastft.guard import SAVE, STOP, Guard, Stopped, report
+from fastft.guard import STOP, Guard, Stopped, report
 from fastft.metrics import Recorder, check_output_dir
 from fastft.models import load_model, load_tokenizer, patch_model
 from fastft.tasks import get_task
@@ -97,11 +97,10 @@ def train(args):
             metrics = task.evaluate(engine, (to_device(batch, ranks.device) for batch in guard.watch(batches)))
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
-    def save():
+    def saved(act):
         with recorder.pause():
-            recorder.settle()
             try:
-                save_checkpoint(engine, checkpoints, state, keep=args.save_total_limit, data=plan.identity())
+                act(state)
             except OSError as error:  # the same on all ranks
                 if args.on_save_error == "stop":
                     raise
@@ -111,7 +110,8 @@ def train(args):
     engine.train()
     eval_every = args.eval_steps or plan.steps_per_epoch
     evaluated = None, {}  # the last evaluation: step and metrics
-    with Guard(args.ddp_timeout) as guard:
+    saver = Saver(engine, checkpoints, keep=args.save_total_limit, data=plan.identity())
+    with Guard(args.ddp_timeout) as guard, saver:
         if args.eval_on_start and "validation" in splits and state.step == 0:
             recorder.evaluation(0, evaluate("validation", "eval"))
         for step in range(state.step, total_steps):
@@ -126,6 +126,8 @@ def train(args):
                 losses.append(micro_loss.detach())
             state.step = step + 1
             recorder.step(torch.stack(losses).sum(), engine, schedule, train_set.lengths[indices])
+            if saver.pending and (not engine.was_step_applied() or guard.everywhere(saver.done)):
+                saved(saver.settle)
             count_skipped_steps(engine, state, args, recorder, losses, plan.micro_batches(step, ranks.rank), train_set)
 
             due = args.save_steps and state.step % args.save_steps == 0
@@ -135,16 +137,16 @@ def train(args):
                 due |= is_better(evaluated[1], task, state) and args.load_best_model_at_end
             wish = guard.wish()
             if due or wish:
-                save()
-            if wish == SAVE:
-                recorder.note(f"checkpoint step-{state.step:06d} written, as SIGUSR1 asked")
-            if wish == STOP:
-                raise Stopped(
-                    f"after step {state.step} of {total_steps}; --resume_from_checkpoint auto goes on from there"
-                )
+                saved(saver.settle)
+                recorder.settle()
+                saved(saver.start)
+            if wish:
+                saved(saver.settle)
+                answer(wish, recorder, state, total_steps)
             if args.early_stopping_patience and state.evaluations_without_improvement >= args.early_stopping_patience:
                 recorder.note(f"stopping early: {args.early_stopping_patience} evaluations without improvement")
                 break
+        saved(saver.settle)
 
     # The end: the best or the last model, its metrics, and everything written
     if args.load_best_model_at_end and state.best_checkpoint and state.best_step != state.step:
@@ -162,6 +164,18 @@ def train(args):
         recorder.note(demo.NEXT)
     del sharded_loading
     return recorder.finish({**results, "skipped_steps": engine.skipped_steps})
+
+
+def answer(wish, recorder, state, total_steps):
+    """What a signal has led to. Raises Stopped where it asked for the end."""
+    name = f"step-{state.step:06d}"
+    is_saved = Path(state.last_checkpoint or "").name == name
+    if wish == STOP:
+        after = f"after step {state.step} of {total_steps}"
+        place = "there" if is_saved else state.last_checkpoint or "the beginning, as no checkpoint could be written"
+        raise Stopped(f"{after}; --resume_from_checkpoint auto goes on from {place}")
+    if is_saved:
+        recorder.note(f"checkpoint {name} written, as SIGUSR1 asked")
 
 
 def demo_arguments(args, folder, ranks):

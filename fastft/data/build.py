@@ -26,6 +26,7 @@ import tokenizers
 import transformers
 from huggingface_hub.constants import HF_HOME
 
+from fastft.data.errors import DataError
 from fastft.data.token_dataset import TokenDataset
 
 CHUNK_ROWS = 512
@@ -82,7 +83,7 @@ def _cache_errors(folder):
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(
+        raise DataError(
             f"cannot keep tokenised data in {folder}: {reason}; choose another folder with --cache_dir"
         ) from error
 
@@ -162,11 +163,11 @@ def _work(chunk):
 
 def _assemble(source, encoded, max_length, finish):
     if not encoded.input_ids and encoded.bad:
-        raise ValueError(
+        raise DataError(
             f"{source.name}: nothing is left to train on: {len(encoded.bad)} bad rows, of which {encoded.bad[0]}"
         )
     if not encoded.input_ids:
-        raise ValueError(
+        raise DataError(
             f"{source.name}: nothing is left to train on: all {encoded.dropped} examples have no trained token within "
             f"--max_length {max_length}"
         )

@@ -7,6 +7,8 @@ columns that are there.
 
 from dataclasses import dataclass
 
+from fastft.data.errors import DataError, brief
+
 PAIRS = (
     ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text1", "text2"),
     ("text", "text_pair"), ("question", "sentence"),
@@ -103,7 +105,7 @@ def check_named(columns, args, where, except_for=()):
     for argument in ARGUMENTS:
         name = getattr(args, argument)
         if name is not None and name not in columns and argument not in except_for:
-            raise ValueError(f"--{argument} {name}: {where} has no such column; it has {', '.join(columns)}")
+            raise DataError(f"--{argument} {name}: {where} has no such column; it has {', '.join(columns)}")
 
 
 def named_columns(args):
@@ -116,7 +118,7 @@ def cell(row, column, where):
     value = row.get(column)
     if value is None:
         state = "is null" if column in row else f"is missing; this row has {', '.join(row) or 'no columns'}"
-        raise ValueError(f"{where}: column {column!r} {state}")
+        raise DataError(f"{where}: column {column!r} {state}")
     return value
 
 
@@ -124,7 +126,7 @@ def text_cell(row, column, where):
     """The text of a column in a row."""
     value = cell(row, column, where)
     if not isinstance(value, str):
-        raise ValueError(f"{where}: column {column!r} must hold text, not {value!r:.60} ({type(value).__name__})")
+        raise DataError(f"{where}: column {column!r} must hold text, not {brief(value)} ({type(value).__name__})")
     check_unicode(value, f"{where}: column {column!r}")
     return value
 
@@ -134,7 +136,7 @@ def check_unicode(text, what):
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{what} holds {text[error.start]!a}, half of a character; repair or remove it") from None
+        raise DataError(f"{what} holds {text[error.start]!a}, half of a character; repair or remove it") from None
 
 
 def looks_like_header(cells, named):
@@ -192,6 +194,6 @@ def _usual_text(columns, pair):
 
 
 def _missing(what, where, columns, names, argument):
-    return ValueError(
+    return DataError(
         f"{where}: no column with the {what} ({', '.join(names)}, or named by {argument}); it has {', '.join(columns)}"
     )

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastft.data.columns import headerless_names, looks_like_header, unlike_a_header
+from fastft.data.errors import DataError
 
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 
@@ -40,7 +41,7 @@ class Source:
         rows = itertools.islice(self._good(on_bad_row), limit)
         first = next(rows, None)
         if first is None:
-            raise ValueError(f"{self.name}: holds no rows")
+            raise DataError(f"{self.name}: holds no rows")
         yield first
         yield from rows
 
@@ -71,15 +72,15 @@ def open_file(path, argument=None, *, named_columns=(), lines=False):
     flag = f"{argument} " if argument else ""
     file = Path(path)
     if file.is_dir():
-        raise ValueError(f"{flag}{path}: is a folder; must be a file ({', '.join(READERS)})")
+        raise DataError(f"{flag}{path}: is a folder; must be a file ({', '.join(READERS)})")
     if file.suffix.lower() not in READERS:
-        raise ValueError(f"{flag}{path}: unknown extension {file.suffix!r}; must be one of {', '.join(READERS)}")
+        raise DataError(f"{flag}{path}: unknown extension {file.suffix!r}; must be one of {', '.join(READERS)}")
     if not file.is_file():
-        raise ValueError(f"{flag}{path}: no such file")
+        raise DataError(f"{flag}{path}: no such file")
     if not os.access(file, os.R_OK):
-        raise ValueError(f"{flag}{path}: may not be read")
+        raise DataError(f"{flag}{path}: may not be read")
     if file.stat().st_size == 0:
-        raise ValueError(f"{flag}{path}: is empty")
+        raise DataError(f"{flag}{path}: is empty")
     reader = READERS[file.suffix.lower()]
     options = {"named": tuple(named_columns)} if reader in (_read_csv, _read_tsv) else {}
     if reader is _read_text:
@@ -113,7 +114,7 @@ def _lines(path):
                 bad = line[error.start]
                 yield (
                     number,
-                    ValueError(
+                    DataError(
                         f"{path}:{number}: not UTF-8 (byte 0x{bad:02x} at position {error.start + 1}); "
                         f"convert the file, for example with `iconv -f latin1 -t utf-8`"
                     ),
@@ -132,18 +133,18 @@ def _parse(text, where):
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = f":{error.lineno}" if where is None else ""
-        raise ValueError(f"{line}: malformed JSON: {error.msg} at column {error.colno}") from None
+        raise DataError(f"{line}: malformed JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
-        raise ValueError(": malformed JSON: nested too deeply") from None
+        raise DataError(": malformed JSON: nested too deeply") from None
     except ValueError as error:  # a number of thousands of digits
-        raise ValueError(f": malformed JSON: {str(error).split(';')[0]}") from None
+        raise DataError(f": malformed JSON: {str(error).split(';')[0]}") from None
 
 
 def _object(value, where):
     """The value if it is an object with named columns, or the ValueError that says it is not."""
     if isinstance(value, dict):
         return value
-    return ValueError(f"{where}: must be an object with named columns, not a {type(value).__name__}")
+    return DataError(f"{where}: must be an object with named columns, not a {type(value).__name__}")
 
 
 def _read_jsonl(path):
@@ -155,7 +156,7 @@ def _read_jsonl(path):
             try:
                 yield where, _object(_parse(line, where), where)
             except ValueError as error:
-                yield where, ValueError(f"{where}{error}; each line must be one JSON object")
+                yield where, DataError(f"{where}{error}; each line must be one JSON object")
 
 
 def _read_json(path):
@@ -167,9 +168,9 @@ def _read_json(path):
     try:
         values = _parse(text, None)
     except ValueError as error:
-        raise ValueError(f"{path}{error}") from None
+        raise DataError(f"{path}{error}") from None
     if not isinstance(values, list):
-        raise ValueError(f"{path}: must hold an array of objects, not a {type(values).__name__}")
+        raise DataError(f"{path}: must hold an array of objects, not a {type(values).__name__}")
     for number, value in enumerate(values, 1):
         where = f"{path}, row {number}"
         yield where, _object(value, where)
@@ -193,13 +194,13 @@ def _read_cells(path, named, **dialect):
     if looks_like_header(first, named):
         names, rest = [cell.strip() for cell in first], records
         if len(set(names)) < len(names):
-            raise ValueError(f"{path}:{first_number}: the header names a column twice: {', '.join(names)}")
+            raise DataError(f"{path}:{first_number}: the header names a column twice: {', '.join(names)}")
     else:
         peeked = list(itertools.islice(records, 1000))
         reason = unlike_a_header(first, [cells for _, cells in peeked if not isinstance(cells, ValueError)])
         names = headerless_names(len(first))
         if reason or names is None:
-            raise ValueError(
+            raise DataError(
                 f"{path}:{first_number}: no header with names that fastft knows ({', '.join(first)[:80]}) and "
                 f"{reason or f'{len(first)} columns, of which it cannot tell text from label'}; "
                 f"name the columns with --text_column and --label_column, or --prompt_column and --completion_column"
@@ -210,7 +211,7 @@ def _read_cells(path, named, **dialect):
         if isinstance(cells, ValueError):
             yield where, cells
         elif len(cells) != len(names):
-            yield where, ValueError(f"{where}: has {len(cells)} cells, must have {len(names)} ({', '.join(names)})")
+            yield where, DataError(f"{where}: has {len(cells)} cells, must have {len(names)} ({', '.join(names)})")
         else:
             yield where, dict(zip(names, cells, strict=True))
 
@@ -235,7 +236,7 @@ def _records(path, dialect):
         except StopIteration:
             return
         except csv.Error as error:
-            cells = ValueError(f"{path}:{number}: malformed CSV: {error}")
+            cells = DataError(f"{path}:{number}: malformed CSV: {error}")
         if undecodable:
             cells = undecodable[0]
             undecodable.clear()
@@ -254,7 +255,7 @@ def _read_parquet(path):
                 for row in batch.to_pylist():
                     yield f"{path}, row {next(number)}", row
     except (pyarrow.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a Parquet file: {str(error).strip().splitlines()[0]}") from None
+        raise DataError(f"{path}: not a Parquet file: {str(error).strip().splitlines()[0]}") from None
 
 
 def _read_text(path, lines):

@@ -2,6 +2,7 @@
 
 import logging
 
+from fastft.data.errors import DataError
 from fastft.data.files import Source
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev"), "test": ("test",)}
@@ -20,7 +21,7 @@ def open_hub(name, config=None):
         found = datasets.load_dataset(name, config)
     except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
         given = f"--dataset_name {name}" + (f" --dataset_config_name {config}" if config else "")
-        raise ValueError(f"{given}: {' '.join(str(error).split())}") from None
+        raise DataError(f"{given}: {' '.join(str(error).split())}") from None
     sources = {}
     for split, names in SPLITS.items():
         present = next((n for n in names if n in found), None)
@@ -31,7 +32,7 @@ def open_hub(name, config=None):
             continue
         sources[split] = _source(f"{name}/{present}", found[present])
     if not sources:
-        raise ValueError(
+        raise DataError(
             f"--dataset_name {name}: has the splits {', '.join(found)}; fastft uses train, validation, test"
         )
     return sources

@@ -1,9 +1,14 @@
 """What a label column holds -> class numbers or scores."""
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
+
+from fastft.data.errors import DataError, brief
+
+_WHOLE = re.compile(r"[+-]?\d{1,4000}")  # Python refuses to convert more digits
 
 
 @dataclass(frozen=True)
@@ -36,18 +41,20 @@ class LabelReader:
     def _class_problem(self, name):
         more = f" and {len(self.classes) - 20} more" if len(self.classes) > 20 else ""
         known = f"{', '.join(self.classes[:20])}{more}"
-        return f"label {name!r} does not occur in the training data; must be one of {known}"
+        return f"label {brief(name)} does not occur in the training data; must be one of {known}"
 
     def __call__(self, encoded):
         for problem in self.problems(encoded).values():
-            raise ValueError(problem)
+            raise DataError(problem)
         if self._problem_type(encoded) == "regression":
             scores = [_number(label) for label in encoded.labels]
             return np.array(scores, np.float32), {"labels": f"scores from {min(scores):g} to {max(scores):g}"}
         names = [str(label).strip() for label in encoded.labels]
         classes = self.classes or _sorted_classes(names)
         if len(classes) < 2:
-            raise ValueError(f"{encoded.wheres[0]}: all labels are {classes[0]!r}; there must be two classes or more")
+            raise DataError(
+                f"{encoded.wheres[0]}: all labels are {brief(classes[0])}; there must be two classes or more"
+            )
         numbers = {name: number for number, name in enumerate(classes)}
         labels = np.array([numbers[name] for name in names], np.int64)
         return labels, {"labels": f"{len(classes)} classes", "classes": list(classes)}
@@ -66,17 +73,17 @@ def _are_scores(labels):
 def _score_problem(label):
     if math.isfinite(_number(label)):
         return None
-    return f"label {label!r} must be a finite number, as the task is regression"
+    return f"label {brief(label)} must be a finite number, as the task is regression"
 
 
 def _number(label):
     """The label as a float; NaN where it is none."""
     try:
         return float(label)
-    except ValueError:
+    except (ValueError, OverflowError):
         return math.nan
 
 
 def _is_whole(label):
     """Whether it is written as a whole number: 3 and "3" are, 3.0 and "3.0" are not."""
-    return isinstance(label, int) or (isinstance(label, str) and label.strip().lstrip("+-").isdecimal())
+    return isinstance(label, int) or (isinstance(label, str) and _WHOLE.fullmatch(label.strip()) is not None)

@@ -1,6 +1,7 @@
 """The training, validation and test data that the arguments name."""
 
 from fastft.data.columns import named_columns
+from fastft.data.errors import DataError
 from fastft.data.files import open_file
 from fastft.data.hub import open_hub
 
@@ -15,5 +16,5 @@ def open_splits(args):
         if path is not None:
             sources[split] = open_file(path, f"--{split}_file", named_columns=named_columns(args))
     if not sources:
-        raise ValueError("no data: give --train_file or --dataset_name")
+        raise DataError("no data: give --train_file or --dataset_name")
     return {split: sources[split] for split in ("train", "validation", "test") if split in sources}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jinja2
 
 from fastft.data.columns import cell, check_unicode, text_cell
+from fastft.data.errors import DataError, brief
 
 ROLES = {
     "user": "user", "human": "user", "prompter": "user",
@@ -110,18 +111,18 @@ def _turns(value, role, where, column):
 def _messages(value, where, column):
     """Checked messages from `role`/`content` or ShareGPT's `from`/`value`."""
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{where}: column {column!r} must hold a list of messages, not {value!r:.60}")
+        raise DataError(f"{where}: column {column!r} must hold a list of messages, not {brief(value)}")
     messages = []
     for number, message in enumerate(value, 1):
         if not isinstance(message, dict):
-            raise ValueError(f"{where}: message {number} of {column!r} must be an object, not {message!r:.60}")
+            raise DataError(f"{where}: message {number} of {column!r} must be an object, not {brief(message)}")
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if role not in ROLES:
-            raise ValueError(
-                f"{where}: message {number} of {column!r} has role {role!r}; must be one of {', '.join(ROLES)}"
+        if not isinstance(role, str) or role not in ROLES:
+            raise DataError(
+                f"{where}: message {number} of {column!r} has role {brief(role)}; must be one of {', '.join(ROLES)}"
             )
         if not isinstance(content, str):
-            raise ValueError(f"{where}: message {number} of {column!r} has content {content!r:.60}; must be text")
+            raise DataError(f"{where}: message {number} of {column!r} has content {brief(content)}; must be text")
         check_unicode(content, f"{where}: message {number} of {column!r}")
         messages.append({"role": ROLES[role], "content": content})
     return messages
@@ -131,7 +132,7 @@ def _render(tokenizer, messages, where, *, prompt=False):
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     except jinja2.TemplateError as error:
-        raise ValueError(f"{where}: the tokenizer's chat template refuses this conversation: {error}") from None
+        raise DataError(f"{where}: the tokenizer's chat template refuses this conversation: {error}") from None
 
 
 def _common_length(prompt, text):

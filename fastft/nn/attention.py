@@ -3,6 +3,8 @@
 from torch import nn
 
 from fastft import ops
+from fastft.ops import checks
+from fastft.ops.attention import check_window
 
 
 class FusedAttention(nn.Module):
@@ -18,6 +20,10 @@ class FusedAttention(nn.Module):
 
     def __init__(self, *, causal=False, scale=None, window=None, softcap=None, dropout=0.0):
         super().__init__()
+        checks.flags("FusedAttention", causal=causal)
+        checks.optional_numbers("FusedAttention", scale=scale, softcap=softcap)
+        checks.numbers("FusedAttention", dropout=dropout)
+        check_window("FusedAttention", window)
         if not 0 <= dropout < 1:
             raise ValueError(f"FusedAttention: dropout is {dropout}; it must be at least 0 and below 1")
         self.causal = causal

@@ -3,6 +3,7 @@
 from torch import nn
 
 from fastft import ops
+from fastft.ops import checks
 
 
 class Dropout(nn.Module):
@@ -10,11 +11,13 @@ class Dropout(nn.Module):
 
     def __init__(self, p=0.5):
         super().__init__()
+        checks.numbers("Dropout", p=p)
         if not 0 <= p < 1:
             raise ValueError(f"Dropout: p is {p}; it must be at least 0 and below 1")
         self.p = p
 
     def forward(self, x):
+        checks.tensors("Dropout", x=x)
         return ops.dropout(x, self.p) if self.training else x
 
     def extra_repr(self):

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fastft import ops
+from fastft.ops import checks
 
 
 class LayerNorm(nn.Module):
@@ -16,6 +17,10 @@ class LayerNorm(nn.Module):
 
     def __init__(self, hidden_size, eps=1e-5, *, bias=True, dropout_p=0.0, device=None, dtype=None):
         super().__init__()
+        checks.whole_numbers("LayerNorm", 1, hidden_size=hidden_size)
+        checks.numbers("LayerNorm", eps=eps, dropout_p=dropout_p)
+        checks.flags("LayerNorm", bias=bias)
+        checks.factory("LayerNorm", device, dtype)
         if not 0 <= dropout_p < 1:
             raise ValueError(f"LayerNorm: dropout_p is {dropout_p}; it must be at least 0 and below 1")
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))

@@ -3,6 +3,8 @@
 from torch import nn
 
 from fastft import ops
+from fastft.ops import checks
+from fastft.ops.linear_cross_entropy import check_options
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -22,6 +24,8 @@ class LinearCrossEntropyLoss(nn.Module):
         return_stats=False,
     ):
         super().__init__()
+        checks.flags("LinearCrossEntropyLoss", return_stats=return_stats)
+        check_options("LinearCrossEntropyLoss", ignore_index, label_smoothing, softcap, z_loss, reduction)
         self.options = {
             "ignore_index": ignore_index,
             "label_smoothing": label_smoothing,

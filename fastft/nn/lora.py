@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastft import ops
+from fastft.ops import checks
 
 
 class LoRALinear(nn.Module):
@@ -32,8 +33,12 @@ class LoRALinear(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if r < 1 or not 0 <= lora_dropout < 1:
-            raise ValueError(f"LoRALinear: r {r}, lora_dropout {lora_dropout}: r must be at least 1, dropout in [0, 1)")
+        checks.whole_numbers("LoRALinear", 1, in_features=in_features, out_features=out_features, r=r)
+        checks.numbers("LoRALinear", lora_alpha=lora_alpha, lora_dropout=lora_dropout)
+        checks.flags("LoRALinear", bias=bias, use_rslora=use_rslora)
+        checks.factory("LoRALinear", device, dtype)
+        if not 0 <= lora_dropout < 1:
+            raise ValueError(f"LoRALinear: lora_dropout is {lora_dropout}; it must be at least 0 and below 1")
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype).requires_grad_(False)
         self.weight, self.bias = linear.weight, linear.bias
         self.lora_A = nn.Parameter(torch.empty(r, in_features, device=device, dtype=dtype))
@@ -45,6 +50,8 @@ class LoRALinear(nn.Module):
     @classmethod
     def from_linear(cls, linear, **settings):
         """A layer around `linear`, an nn.Linear, whose parameters it shares and freezes."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"LoRALinear.from_linear: linear is {checks.shown(linear)}; it must be a torch.nn.Linear")
         weight = linear.weight
         layer = cls(linear.in_features, linear.out_features, False, device="meta", dtype=weight.dtype, **settings)
         layer.weight, layer.bias = weight.requires_grad_(False), linear.bias

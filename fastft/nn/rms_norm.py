@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fastft import ops
+from fastft.ops import checks
 
 
 class RMSNorm(nn.Module):
@@ -15,6 +16,9 @@ class RMSNorm(nn.Module):
 
     def __init__(self, hidden_size, eps=1e-6, *, offset=0.0, device=None, dtype=None):
         super().__init__()
+        checks.whole_numbers("RMSNorm", 1, hidden_size=hidden_size)
+        checks.numbers("RMSNorm", eps=eps, offset=offset)
+        checks.factory("RMSNorm", device, dtype)
         self.weight = nn.Parameter(torch.full((hidden_size,), 1.0 - offset, device=device, dtype=dtype))
         self.eps = eps
         self.offset = offset

@@ -7,15 +7,18 @@ A kernel module has `forward(q, k, v, *settings) -> (o, lse)` and `backward(do, 
 reference is differentiated by PyTorch; under torch.compile its backward computes the forward again, with the same dropout.
 """
 
+import contextlib
 import os
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from fastft.ops import dispatch
+from fastft.ops import checks, dispatch
+from fastft.ops.dropout import check_random
 from fastft_kernels.reference.attention import attention as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _CHECK_EVERYWHERE = os.environ.get("FASTFT_CHECK") == "1"
 _SETTINGS = (
     "float scale, int? left, int? right, float? softcap, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
@@ -186,7 +189,12 @@ def attention(
     and key_lengths are looked at on the CPU only (everywhere under FASTFT_CHECK=1), as asking a GPU would wait for it.
     Raises BackendError where a backend that was asked for cannot serve.
     """
-    _check(q, k, v, causal, window, softcap, dropout_p)
+    _check_types(q, k, v, cu_seqlens_q, cu_seqlens_k, key_lengths, causal, return_lse)
+    checks.optional_numbers(
+        "attention", scale=scale, softcap=softcap, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k
+    )
+    _check(q, k, v, causal, window, softcap)
+    check_random("attention", dropout_p, seed, "dropout_p")
     if cu_seqlens_q is None:
         _check_padded(q, k, cu_seqlens_k, key_lengths)
     else:
@@ -194,7 +202,7 @@ def attention(
         _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_lengths)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     device = q.device.type
-    if torch.is_autocast_enabled(device):
+    if checks.autocasts(device):
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     backend = dispatch.choose("attention", q, k, v, scale)
     if dropout_p and seed is None:
@@ -214,12 +222,29 @@ def attention(
         return_lse,
     )
     run = _op if torch.compiler.is_compiling() else _forward if backend == "reference" else _Attention.apply
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False) if device != "meta" else contextlib.nullcontext():
         o, lse = run(q, k, v, *settings, backend)
     return (o, lse) if return_lse else o
 
 
-def _check(q, k, v, causal, window, softcap, dropout_p):
+def _check_types(q, k, v, cu_seqlens_q, cu_seqlens_k, key_lengths, causal, return_lse):
+    checks.tensors("attention", q=q, k=k, v=v)
+    checks.optional_tensors("attention", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, key_lengths=key_lengths)
+    checks.flags("attention", causal=causal, return_lse=return_lse)
+
+
+def check_window(op, window):
+    """TypeError unless window is a pair of whole numbers or None, ValueError for negative ones."""
+    if window is None:
+        return
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"{op}: window is {checks.shown(window)}; it must be (left, right), or None for no limit")
+    for name, side in zip(("window's left side", "window's right side"), window, strict=True):
+        if side is not None:
+            checks.whole_numbers(op, 0, **{name: side})
+
+
+def _check(q, k, v, causal, window, softcap):
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if q.dim() not in (3, 4) or k.dim() != q.dim() or k.shape != v.shape:
         raise ValueError(f"attention: {shapes}: q must be [B, S, H, D] or packed [T, H, D], k and v alike of one shape")
@@ -231,19 +256,16 @@ def _check(q, k, v, causal, window, softcap, dropout_p):
     if q.dim() == 4 and q.shape[0] != k.shape[0]:
         raise ValueError(f"attention: {shapes}: the batches of q and k must be equally large")
     kinds = {(x.dtype, x.device) for x in (q, k, v)}
-    if q.dtype not in _DTYPES or len(kinds) > 1 and not torch.is_autocast_enabled(q.device.type):
+    if q.dtype not in _DTYPES or len(kinds) > 1 and not checks.autocasts(q.device.type):
         kinds = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in zip("qkv", (q, k, v), strict=True))
         raise ValueError(f"attention: {kinds}: q, k and v must have one floating dtype and device")
-    if window is not None and (len(window) != 2 or any(side is not None and side < 0 for side in window)):
-        raise ValueError(f"attention: window {window}: must be (left, right), each 0 or more, or None for no limit")
+    check_window("attention", window)
     if causal and window is not None and window[1]:
         raise ValueError(
             f"attention: causal=True and window {window} contradict each other: make the right side 0 or None"
         )
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attention: softcap {softcap}: must be above 0, or None")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"attention: dropout_p {dropout_p}: must be at least 0 and below 1")
 
 
 def _check_padded(q, k, cu_seqlens_k, key_lengths):
@@ -253,7 +275,7 @@ def _check_padded(q, k, cu_seqlens_k, key_lengths):
         )
     if key_lengths is None:
         return
-    if key_lengths.shape not in ((q.shape[0],), (q.shape[0], 2)) or key_lengths.is_floating_point():
+    if key_lengths.shape not in ((q.shape[0],), (q.shape[0], 2)) or key_lengths.dtype not in _INTEGERS:
         raise ValueError(
             f"attention: key_lengths {list(key_lengths.shape)} of {key_lengths.dtype}: must be integers [{q.shape[0]}] or "
             f"[{q.shape[0]}, 2] for q {list(q.shape)}"
@@ -292,6 +314,8 @@ def _check_cu_seqlens(name, cu_seqlens, x, max_seqlen):
             f"attention: cu_seqlens_{name} is {list(cu_seqlens.shape)} of {cu_seqlens.dtype} on {cu_seqlens.device}: must be "
             f"[sequences + 1] of torch.int32 on {x.device}"
         )
+    if cu_seqlens.is_meta:
+        raise ValueError(f"attention: cu_seqlens_{name} is on meta; where sequences start must be known")
     if not _readable(cu_seqlens):
         return
     bounds = cu_seqlens.tolist()

@@ -19,6 +19,7 @@ import threading
 
 import torch
 
+from fastft.ops.checks import shown
 from fastft_kernels.cpp import extension
 
 BACKENDS = ("auto", "reference", "triton", "cpp")
@@ -128,8 +129,8 @@ def _find_triton():
 
 
 def _check(name):
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is unknown: choose one of {', '.join(BACKENDS)}")
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise ValueError(f"backend {shown(name)} is unknown: choose one of {', '.join(BACKENDS)}")
 
 
 _no_triton = _find_triton()

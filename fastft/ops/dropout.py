@@ -10,7 +10,7 @@ distribution does not (p is rounded to a multiple of 2^-16).
 import torch
 from torch import Tensor
 
-from fastft.ops import dispatch
+from fastft.ops import checks, dispatch
 from fastft_kernels.reference._philox import new_seed
 from fastft_kernels.reference.dropout import dropout as reference
 
@@ -65,6 +65,7 @@ def dropout(x, p, *, seed=None):
     checkpointing does, drops the same elements. Differentiable any number of times.
     Raises ValueError for another dtype, p or seed, BackendError where a backend that was asked for cannot serve.
     """
+    checks.tensors("dropout", x=x)
     if not x.is_floating_point():
         raise ValueError(f"dropout: x is of {x.dtype}; it must be floating")
     check_random("dropout", p, seed)
@@ -80,6 +81,7 @@ def dropout(x, p, *, seed=None):
 
 def check_random(op, p, seed, name="p"):
     """ValueError unless p is a probability below 1 and seed, where given, an int of 64 bits or a CPU tensor of one."""
+    checks.numbers(op, **{name: p})
     if not 0 <= p < 1:
         raise ValueError(f"{op}: {name} is {p}; it must be at least 0 and below 1")
     if isinstance(seed, Tensor):
@@ -89,4 +91,4 @@ def check_random(op, p, seed, name="p"):
                 f"scalar tensor on cpu"
             )
     elif seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
-        raise ValueError(f"{op}: seed is {seed!r}; it must be an int of 64 bits")
+        raise ValueError(f"{op}: seed is {checks.shown(seed)}; it must be an int of 64 bits")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastft.ops import dispatch
+from fastft.ops import checks, dispatch
 from fastft_kernels.reference.gated_activation import gated_activation as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,12 +97,12 @@ def swiglu(gate, up):
 
 def geglu(gate, up, *, approximate="none"):
     """gelu(gate) * up; approximate="tanh" as in torch.nn.functional.gelu. Otherwise as `swiglu`."""
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f"geglu: approximate is {approximate!r}; it must be 'none' or 'tanh'")
+    checks.choice("geglu", ("none", "tanh"), approximate=approximate)
     return _gated("geglu", gate, up, "gelu_tanh" if approximate == "tanh" else "gelu")
 
 
 def _gated(name, gate, up, activation):
+    checks.tensors(name, gate=gate, up=up)
     if gate.dim() == 0 or not gate.is_floating_point():
         raise ValueError(
             f"{name}: gate is {list(gate.shape)} of {gate.dtype}; it must be [..., cols] of a floating dtype"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastft.ops import dispatch
+from fastft.ops import checks, dispatch
 from fastft.ops.dropout import check_random
 from fastft_kernels.reference._philox import drop_threshold, new_seed
 from fastft_kernels.reference.layer_norm import layer_norm as reference
@@ -157,6 +157,7 @@ def layer_norm(x, weight, bias=None, eps=1e-5, *, residual=None, dropout_p=0.0, 
     Differentiable once in x, weight, bias and residual (any number of times under fastft.backend("reference")).
     Raises ValueError for shapes or dtypes that do not fit, BackendError where the backend asked for cannot serve.
     """
+    checks.numbers("layer_norm", eps=eps)
     _check(x, weight, bias, residual)
     check_random("layer_norm", dropout_p, seed, "dropout_p")
     backend = dispatch.choose("layer_norm", x, weight)
@@ -170,6 +171,8 @@ def layer_norm(x, weight, bias=None, eps=1e-5, *, residual=None, dropout_p=0.0, 
 
 
 def _check(x, weight, bias, residual):
+    checks.tensors("layer_norm", x=x, weight=weight)
+    checks.optional_tensors("layer_norm", bias=bias, residual=residual)
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"layer_norm: x is {list(x.shape)} of {x.dtype}; it must be [..., cols] of a floating dtype")
     if weight.shape != x.shape[-1:] or not weight.is_floating_point() or weight.device != x.device:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastft.ops import dispatch
+from fastft.ops import checks, dispatch
 from fastft.ops.linear import native
 from fastft_kernels.reference import cross_entropy as reference
 
@@ -329,6 +329,9 @@ def linear_cross_entropy(
     CUDA under FASTFT_CHECK=1 (it would wait for the device; without it their loss is NaN). BackendError where the backend
     asked for cannot serve. Where no row counts the loss is 0 with zero gradients; on the CPU a warning says so.
     """
+    checks.tensors("linear_cross_entropy", hidden=hidden, weight=weight, labels=labels)
+    checks.optional_tensors("linear_cross_entropy", bias=bias)
+    checks.flags("linear_cross_entropy", return_stats=return_stats)
     hidden, weight, bias = cast(hidden, weight, bias)
     check_head("linear_cross_entropy", hidden, weight, bias)
     _check(hidden, weight, labels, ignore_index, label_smoothing, softcap, z_loss, reduction, num_items)
@@ -366,7 +369,7 @@ def _share(rows, targets, ignore_index, num_items):
 def cast(*tensors):
     """Under autocast, the tensors in its dtype, as a linear layer would take them."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not checks.autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
@@ -413,18 +416,32 @@ def check_labels(op, hidden, labels, ignore_index, vocabulary):
 
 def _check(hidden, weight, labels, ignore_index, label_smoothing, softcap, z_loss, reduction, num_items):
     op = "linear_cross_entropy"
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{op}: reduction {reduction!r} is unknown: choose one of {', '.join(REDUCTIONS)}")
+    check_options(op, ignore_index, label_smoothing, softcap, z_loss, reduction)
+    check_num_items(op, num_items, reduction)
+    check_labels(op, hidden, labels, ignore_index, len(weight))
+
+
+def check_options(op, ignore_index, label_smoothing, softcap, z_loss, reduction):
+    """Raises ValueError or TypeError for options that cannot be, whatever the tensors."""
+    checks.choice(op, REDUCTIONS, reduction=reduction)
+    checks.whole_numbers(op, ignore_index=ignore_index)
+    checks.numbers(op, label_smoothing=label_smoothing, z_loss=z_loss)
+    checks.optional_numbers(op, softcap=softcap)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing}; it must be in [0, 1]")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: softcap is {softcap}; it must be positive, or None for none")
     if not z_loss >= 0:
         raise ValueError(f"{op}: z_loss is {z_loss}; it must not be negative")
+
+
+def check_num_items(op, num_items, reduction):
+    """Raises ValueError or TypeError unless it is a positive number, or a tensor of one element, and goes with a mean."""
     if num_items is not None and reduction != "mean":
         raise ValueError(f"{op}: num_items is what a mean is divided by; with reduction={reduction!r} leave it out")
-    if isinstance(num_items, (int, float)) and not num_items > 0:
+    if not isinstance(num_items, Tensor):
+        checks.optional_numbers(op, num_items=num_items)
+    if num_items is not None and not isinstance(num_items, Tensor) and not num_items > 0:
         raise ValueError(f"{op}: num_items is {num_items}; it must be positive")
     if isinstance(num_items, Tensor) and num_items.numel() != 1:
         raise ValueError(f"{op}: num_items is {list(num_items.shape)}; it must be a number or a tensor of one element")
-    check_labels(op, hidden, labels, ignore_index, len(weight))

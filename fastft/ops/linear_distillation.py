@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastft.ops import checks
 from fastft.ops.linear_cross_entropy import (
+    REDUCTIONS,
     add_weight_gradient,
     cast,
     check_head,
     check_labels,
+    check_num_items,
     chunk_rows,
     hidden_gradient,
     logits_of,
@@ -197,6 +200,13 @@ def linear_distillation(
     Raises ValueError for shapes, dtypes or options that do not fit.
     """
     op = "linear_distillation"
+    checks.tensors(op, hidden=hidden, weight=weight, teacher_hidden=teacher_hidden, teacher_weight=teacher_weight)
+    checks.optional_tensors(op, labels=labels)
+    checks.choice(op, DIVERGENCES, divergence=divergence)
+    checks.numbers(op, temperature=temperature)
+    checks.whole_numbers(op, ignore_index=ignore_index)
+    checks.choice(op, REDUCTIONS, reduction=reduction)
+    check_num_items(op, num_items, reduction)
     hidden, weight = cast(hidden, weight)
     teacher_hidden, teacher_weight = (t.detach() for t in cast(teacher_hidden, teacher_weight))
     check_head(op, hidden, weight)
@@ -208,14 +218,8 @@ def linear_distillation(
         )
     if len(teacher_weight) != len(weight):
         raise ValueError(f"{op}: the teacher's vocabulary is {len(teacher_weight)}, the student's {len(weight)}")
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"{op}: divergence {divergence!r} is unknown: choose one of {', '.join(DIVERGENCES)}")
     if not temperature > 0:
         raise ValueError(f"{op}: temperature is {temperature}; it must be positive")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{op}: reduction {reduction!r} is unknown: choose one of mean, sum, none")
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f"{op}: num_items is what a mean is divided by; with reduction={reduction!r} leave it out")
     rows = hidden.reshape(-1, hidden.shape[-1])
     if labels is None:
         kept = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
@@ -230,4 +234,15 @@ def linear_distillation(
     if not summed:
         return loss.view(hidden.shape[:-1])
     loss = loss.sum()
-    return loss if reduction == "sum" else loss / (kept.sum().clamp(min=1) if num_items is None else num_items)
+    return (
+        loss
+        if reduction == "sum"
+        else loss
+        / (
+            kept.sum().clamp(min=1)
+            if num_items is None
+            else num_items
+            if isinstance(num_items, Tensor)
+            else float(num_items)
+        )
+    )

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastft.ops import dispatch
+from fastft.ops import checks, dispatch
 from fastft.ops.nf4 import NF4Weight, dense, dequantize_nf4, nf4_linear, product_dtype
 from fastft_kernels.reference import lora as reference
 
@@ -318,7 +318,7 @@ def _composed(x, weight, bias, lora_a, lora_b, scale, p, seed, backend):
 
 def _as_they_are(x):
     """Products inside in the dtype of their operands. Leaving autocast costs as much as a small product: only where it is."""
-    is_autocast = torch.is_autocast_enabled(x.device.type)
+    is_autocast = checks.autocasts(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if is_autocast else contextlib.nullcontext()
 
 
@@ -327,15 +327,15 @@ def _enter(op, x, layers, p, seeds, inner=None):
 
     inner: from this layer on, the input is the output of the first one and not x.
     """
-    layers = [tuple(layer) for layer in layers]
-    if not layers or any(len(layer) != 5 for layer in layers):
-        raise ValueError(f"{op}: layers must be one or more of (weight, bias, lora_a, lora_b, scale)")
+    checks.tensors(op, x=x)
+    checks.numbers(op, dropout_p=p)
+    layers = _layers(op, layers)
     if not 0 <= p < 1:
         raise ValueError(f"{op}: dropout_p is {p}; it must be at least 0 and below 1")
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"{op}: x is {list(x.shape)} of {x.dtype}; it must be [..., in] of a floating dtype")
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if checks.autocasts(device):
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
         cast = lambda W: W if isinstance(W, NF4Weight) else W.to(dtype)
@@ -347,15 +347,45 @@ def _enter(op, x, layers, p, seeds, inner=None):
     if inner is not None and layers[0][0].shape != layers[1][0].shape:
         shapes = " and ".join(str(list(layer[0].shape)) for layer in layers[:2])
         raise ValueError(f"{op}: the weights of gate and up are {shapes}; they must have the same shape")
+    if seeds is not None and not isinstance(seeds, (list, tuple, Tensor)):
+        raise TypeError(
+            f"{op}: seeds is {checks.shown(seeds)}; it must be a sequence of ints, one for each layer, or None"
+        )
     if seeds is not None and len(seeds) != len(layers):
         raise ValueError(f"{op}: {len(seeds)} seeds for {len(layers)} layers; there must be one for each")
     if p and seeds is None:
         seeds = torch.randint(2**63 - 1, (len(layers),), dtype=torch.int64)
     elif p:
+        for seed in seeds:
+            _check_seed(op, seed)
         seeds = torch.stack([torch.as_tensor(seed, dtype=torch.int64).cpu() for seed in seeds])
     else:
         seeds = torch.zeros(len(layers), dtype=torch.int64)
     return x, layers, seeds, dispatch.choose("lora", x, *(layer[0] for layer in layers))
+
+
+def _layers(op, layers):
+    wanted = "layers must be one or more of (weight, bias, lora_a, lora_b, scale)"
+    if not isinstance(layers, (list, tuple)) or not layers:
+        raise ValueError(f"{op}: {wanted}, and not {checks.shown(layers)}")
+    for layer in layers:
+        if not isinstance(layer, (list, tuple)) or len(layer) != 5:
+            raise ValueError(f"{op}: {wanted}, and one is {checks.shown(layer)}")
+        weight, bias, lora_a, lora_b, scale = layer
+        checks.tensors(op, lora_a=lora_a, lora_b=lora_b)
+        if not isinstance(weight, NF4Weight):
+            checks.tensors(op, weight=weight)
+        checks.optional_tensors(op, bias=bias)
+        if not isinstance(scale, Tensor) or scale.numel() != 1:
+            checks.numbers(op, scale=scale)
+    return [tuple(layer) for layer in layers]
+
+
+def _check_seed(op, seed):
+    if not isinstance(seed, Tensor):
+        checks.whole_numbers(op, seeds=seed)
+    elif seed.numel() != 1 or seed.is_floating_point() or seed.is_complex():
+        raise ValueError(f"{op}: seeds hold {list(seed.shape)} of {seed.dtype}; each must be one int")
 
 
 def _check(op, x, columns, weight, bias, lora_a, lora_b, scale):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastft.ops import dispatch
+from fastft.ops import checks, dispatch
 from fastft_kernels.reference.rms_norm import rms_norm as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -124,6 +124,7 @@ def rms_norm(x, weight, eps=1e-6, *, offset=0.0, residual=None):
     Differentiable once in x, weight and residual (any number of times under fastft.backend("reference")).
     Raises ValueError for shapes or dtypes that do not fit, BackendError where the backend asked for cannot serve.
     """
+    checks.numbers("rms_norm", eps=eps, offset=offset)
     _check(x, weight, residual)
     backend = dispatch.choose("rms_norm", x, weight)
     if backend == "reference":
@@ -134,6 +135,8 @@ def rms_norm(x, weight, eps=1e-6, *, offset=0.0, residual=None):
 
 
 def _check(x, weight, residual):
+    checks.tensors("rms_norm", x=x, weight=weight)
+    checks.optional_tensors("rms_norm", residual=residual)
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"rms_norm: x is {list(x.shape)} of {x.dtype}; it must be [..., cols] of a floating dtype")
     if weight.shape != x.shape[-1:] or not weight.is_floating_point() or weight.device != x.device:

@@ -1,11 +1,13 @@
 """AdamW with float32 state, and what all optimizers here share: lazy state, exact resuming."""
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastft.ops import adamw as ops
+from fastft.ops import checks
 
 # What a group of an 8-bit optimizer says of its state: settled when it is made, and the same where the state is loaded.
 FIXED = ("state_bits", "code", "block_size", "format")
@@ -23,13 +25,14 @@ class Fused(torch.optim.Optimizer):
     """
 
     def __init__(self, params, defaults):
-        _check(**{name: defaults[name] for name in ("lr", "betas", "weight_decay", "eps") if name in defaults})
-        super().__init__(params, {**defaults, MARK: type(self).__name__})
+        name = type(self).__name__
+        _check(name, defaults)
+        super().__init__(_listed(name, params), {**defaults, "betas": tuple(defaults["betas"]), MARK: name})
         _watch()
 
     def add_param_group(self, param_group):
-        given = {k: v for k, v in param_group.items() if k in ("lr", "betas", "weight_decay", "eps")}
-        _check(**given)
+        _check_group(type(self).__name__, param_group)
+        _check(type(self).__name__, param_group)
         super().add_param_group(param_group)
         self._remember_groups()
 
@@ -77,6 +80,9 @@ class Fused(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict):
         """As torch's, except that state keeps its dtype: torch would cast it to the parameter's."""
+        name = type(self).__name__
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(f"{name}: state_dict is {checks.shown(state_dict)} that no optimizer has made")
         self._check_saved(state_dict)
         super().load_state_dict(state_dict)
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -113,7 +119,7 @@ class AdamW(Fused):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def _fresh(self, p, group):
         return {name: _zeros(p) for name in ("exp_avg", "exp_avg_sq")}
@@ -149,9 +155,35 @@ def _zeros(p):
     return torch.zeros_like(p, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
-def _check(lr=0.0, betas=(0.0, 0.0), weight_decay=0.0, eps=0.0):
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not value >= 0:
-            raise ValueError(f"{name}={value}: must be at least 0")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas={betas}: both must be at least 0 and below 1")
+def _check(name, hyper):
+    """TypeError or ValueError for hyper-parameters that cannot be."""
+    for key in ("lr", "eps", "weight_decay"):
+        if key in hyper:
+            checks.numbers(name, **{key: hyper[key]})
+            if not hyper[key] >= 0:
+                raise ValueError(f"{name}: {key}={hyper[key]}: must be at least 0")
+    if "betas" in hyper:
+        betas = hyper["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"{name}: betas is {checks.shown(betas)}; it must be a pair of numbers")
+        checks.numbers(name, **{f"betas[{i}]": beta for i, beta in enumerate(betas)})
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"{name}: betas={betas}: both must be at least 0 and below 1")
+
+
+def _listed(name, params):
+    """The parameters or groups as a list; TypeError for what is none of them, ValueError where there are none."""
+    if isinstance(params, (torch.Tensor, str, dict)) or not isinstance(params, Iterable):
+        raise TypeError(f"{name}: params is {checks.shown(params)}; it must be an iterable of tensors or of groups")
+    params = list(params)
+    if not params:
+        raise ValueError(f"{name}: params is empty; give the tensors to train")
+    for p in params:
+        if not isinstance(p, (torch.Tensor, tuple)):  # a pair is a name and a tensor
+            _check_group(name, p)
+    return params
+
+
+def _check_group(name, group):
+    if not isinstance(group, dict) or "params" not in group:
+        raise TypeError(f"{name}: params hold {checks.shown(group)}; a group must be a dict with params, else a tensor")

@@ -8,7 +8,8 @@ pass that allocates nothing. Resuming is bit for bit. What is shared with a univ
 import torch
 
 from fastft.ops import adamw as ops
-from fastft.optim.adamw import FIXED, AdamW, Fused, _zeros
+from fastft.ops import checks
+from fastft.optim.adamw import FIXED, AdamW, Fused, _check_group, _zeros
 
 FORMAT = 1
 
@@ -22,16 +23,15 @@ class Quantised(Fused):
     moments = ("exp_avg", "exp_avg_sq")  # the first is signed
 
     def __init__(self, params, defaults, code):
-        if code not in ops.CODES:
-            raise ValueError(f"code={code!r}: must be one of {', '.join(ops.CODES)}")
+        checks.choice(type(self).__name__, ops.CODES, code=code)
         fixed = {"state_bits": 8, "code": code, "block_size": ops.BLOCK, "format": FORMAT}
         super().__init__(params, {**defaults, **fixed})
 
     def add_param_group(self, param_group):
+        _check_group(type(self).__name__, param_group)
         if param_group.get("state_bits", 8) not in (8, 32):
             raise ValueError(f"state_bits={param_group['state_bits']}: must be 8 or 32")
-        if param_group.get("code", "companded") not in ops.CODES:
-            raise ValueError(f"code={param_group['code']!r}: must be one of {', '.join(ops.CODES)}")
+        checks.choice(type(self).__name__, ops.CODES, code=param_group.get("code", "companded"))
         if param_group.get("block_size", ops.BLOCK) != ops.BLOCK:
             raise ValueError(f"block_size={param_group['block_size']}: must be {ops.BLOCK}")
         super().add_param_group(param_group)
@@ -100,7 +100,7 @@ class AdamW8bit(Quantised):
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, code="companded"):
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, code)
 
     def _apply(self, group, params, grads, masters, states, step, grad_divisor):
@@ -123,7 +123,7 @@ class Lion8bit(Quantised):
     moments = ("exp_avg",)
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, *, code="companded"):
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}, code)
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, code)
 
     def _apply(self, group, params, grads, masters, states, step, grad_divisor):
         hyper = {name: group[name] for name in ("lr", "betas", "weight_decay")}

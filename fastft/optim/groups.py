@@ -2,6 +2,8 @@
 
 import torch
 
+from fastft.ops import checks
+
 
 def parameter_groups(model, weight_decay, state_bits=None):
     """Trainable parameters in groups: decayed, and not (biases and norms: everything with fewer than two dimensions).
@@ -10,6 +12,11 @@ def parameter_groups(model, weight_decay, state_bits=None):
     get state_bits=32, as Dettmers et al. advise (2022, https://arxiv.org/abs/2110.02861).
     ZeRO-3 leaves empty shards in place of the tensors; their true shape is in `ds_shape`.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"parameter_groups: model is {checks.shown(model)}; it must be a torch.nn.Module")
+    checks.numbers("parameter_groups", weight_decay=weight_decay)
+    if isinstance(state_bits, torch.Tensor) or state_bits not in (None, 8, 32):
+        raise ValueError(f"parameter_groups: state_bits is {checks.shown(state_bits)}; it must be 8, 32 or None")
     tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
     embeddings = {id(weight) for weight in tables}
     groups = {}

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastft.ops import dispatch
+from fastft.ops import checks, dispatch
 from fastft.ops.linear import native
 from fastft.patching import attention, layers, lora, loss, packing, rope
 from fastft.patching.families import family_of, layer_class, why_not_packed, why_unsupported
@@ -56,6 +56,7 @@ def patch(model, *, roles=None, verbose=True):
     than a patched model was patched with; BackendError where a backend was asked for but a LoRA layer would compute as PEFT
     does, in a later call too.
     """
+    checks.flags("fastft.patch", verbose=verbose)
     reason = why_not(model)
     if reason is not None:
         raise ValueError(f"fastft.patch: {reason}")
@@ -76,6 +77,8 @@ def patch(model, *, roles=None, verbose=True):
 
 def unpatch(model):
     """Undoes `patch`: the model computes again, to the bit, what it computed before. Does nothing to another model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fastft.unpatch: model is {checks.shown(model)}; it must be a model")
     inner = _unwrap(model)
     done = inner.__dict__.pop("_fastft_patch", None)
     if done is None:

@@ -6,12 +6,15 @@ The sample runs once more through the model's own eager attention, whose probabi
 import struct
 import sys
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from fastft.ops import checks
 from fastft.patching import _unwrap, why_not
 from fastft.patching.families import family_of
 
@@ -56,6 +59,8 @@ def attention_map(model, inputs, layer, head, path=None):
     Computed as in evaluation, without dropout and gradients, whatever mode the model is in; the model is left as it was.
     Padding is left out. Raises ValueError for more than one sample, and for a layer, head or model that does not fit.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attention_map: model is {checks.shown(model)}; it must be a transformers or PEFT model")
     inner = _unwrap(model)
     reason = why_not(inner) if "_fastft_patch" not in inner.__dict__ else None
     if reason is not None:
@@ -75,6 +80,7 @@ def attention_map(model, inputs, layer, head, path=None):
 
 
 def _index(name, index, count):
+    checks.whole_numbers("attention_map", **{name: index})
     if not -count <= index < count:
         raise ValueError(f"attention_map: {name} {index}: the model has {count}, from 0 to {count - 1}")
     return index % count
@@ -84,10 +90,21 @@ def _one_sample(inputs, device):
     """(inputs of one sample on `device`, bool [S] of its real tokens or None where all are)."""
     if isinstance(inputs, torch.Tensor):
         inputs = {"input_ids": inputs}
+    if not isinstance(inputs, Mapping):
+        raise TypeError(
+            f"attention_map: inputs is {checks.shown(inputs)}; it must be what the tokenizer returns, or input_ids"
+        )
+    if any(x.is_meta for x in inputs.values() if isinstance(x, torch.Tensor)):
+        raise ValueError("attention_map: inputs are on meta, which holds no numbers")
     inputs = {name: x.to(device) for name, x in inputs.items() if isinstance(x, torch.Tensor)}
     inputs.pop("labels", None)
     if "input_ids" not in inputs:
         raise ValueError(f"attention_map: inputs have {', '.join(inputs) or 'no tensors'}: input_ids are missing")
+    ids = inputs["input_ids"]
+    if ids.dtype not in (torch.int64, torch.int32) or ids.layout is not torch.strided:
+        raise ValueError(
+            f"attention_map: inputs have input_ids of {ids.dtype}, {ids.layout}; they must be dense and int64"
+        )
     inputs = {name: x[None] if x.dim() == 1 else x for name, x in inputs.items()}
     shape = list(inputs["input_ids"].shape)
     if len(shape) != 2 or shape[0] != 1 or shape[1] == 0:

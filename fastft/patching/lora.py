@@ -94,7 +94,7 @@ def attention(self, hidden_states, *args, **kwargs):
     # Under ZeRO-3 each layer is called for its own: its hooks gather and release its weights.
     if p is None or hasattr(layers[0].base_layer.weight, "ds_id"):
         return forward(self, hidden_states, *args, **kwargs)
-    ys = ops.lora_group(hidden_states, map(_parameters, layers), dropout_p=p)
+    ys = ops.lora_group(hidden_states, [_parameters(layer) for layer in layers], dropout_p=p)
     for layer, y in zip(layers, ys, strict=True):
         layer.__dict__["fastft_ready"] = hidden_states, y
     try:

@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 
 from fastft.data.columns import check_named
+from fastft.data.errors import DataError
 from fastft.data.splits import open_splits
 
 _NOT_TASKS = ("base",)
@@ -23,7 +24,7 @@ def get_task(args):
         name, why = _guess(args)
         return _task_class(name)(args, f"task {name}: {why}")
     if args.task not in task_names():
-        raise ValueError(f"--task {args.task}: must be one of {', '.join(task_names())}")
+        raise DataError(f"--task {args.task}: must be one of {', '.join(task_names())}")
     return _task_class(args.task)(args, f"task {args.task}: given by --task")
 
 
@@ -36,7 +37,7 @@ def _guess(args):
     fitting = {name: why for name, why in reasons.items() if why is not None}
     if len(fitting) != 1:
         found = f"could be {' or '.join(fitting)}" if fitting else "fit no task"
-        raise ValueError(
+        raise DataError(
             f"{source.name}: the columns {', '.join(columns)} {found}; choose with --task ({', '.join(task_names())}) "
             f"and name the columns with --text_column and --label_column, or --prompt_column and --completion_column"
         )

@@ -1,6 +1,7 @@
 """Learning to label a text, or a pair of texts, with one of several classes, or with a score (regression)."""
 
 from dataclasses import dataclass
+from decimal import Decimal
 
 import numpy as np
 import torch
@@ -11,11 +12,13 @@ from fastft.data.build import Encoded
 from fastft.data.columns import (
     TextColumns,
     cell,
+    check_unicode,
     find_text_columns,
     match_dialog_columns,
     match_text_columns,
     text_cell,
 )
+from fastft.data.errors import DataError, brief
 from fastft.data.labels import LabelReader
 from fastft.data.packing import Collator
 from fastft.data.tokens import IGNORED, longest_input
@@ -227,8 +230,10 @@ def _predict_logits(model, encoded, collate, batch_size):
 
 def _label(row, column, where):
     value = cell(row, column, where)
-    if value == "" or isinstance(value, (list, dict)):
-        raise ValueError(f"{where}: column {column!r} must hold a label (text or a number), not {value!r:.60}")
+    if value == "" or not isinstance(value, (str, int, float, Decimal)):
+        raise DataError(f"{where}: column {column!r} must hold a label (text or a number), not {brief(value)}")
+    if isinstance(value, str):
+        check_unicode(value, f"{where}: column {column!r}")
     return value
 
 

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fastft import checkpoint
 from fastft.arguments import Arguments
-from fastft.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
+from fastft.checkpoint import TrainState, find_checkpoint, load_checkpoint, loading, save_checkpoint
+from fastft.checkpoint.manifest import SMALL
 from fastft.engine import backward, build_engine, deepspeed_config, init_ranks, leave
 from fastft.export import save_model
 from fastft.shards import load_shard
@@ -149,16 +149,16 @@ def broken_restore_is_noticed(out, what):
     path, expected = interrupted(engine(2, "bf16", None), out)
     fresh = engine(2, "bf16", None, seed=1)
     reseed(99)
-    whole = checkpoint._restore_streams
+    whole = loading.restore_streams
     if what == "random streams":
-        checkpoint._restore_streams = lambda streams: None
+        loading.restore_streams = lambda streams: None
     else:
         drop = {"optimizer": "load_optimizer_states", "schedule": "load_lr_scheduler_states"}[what]
         fresh.load_checkpoint = partial(fresh.load_checkpoint, **{drop: False})
     try:
         load_checkpoint(fresh, path)
     finally:
-        checkpoint._restore_streams = whole
+        loading.restore_streams = whole
     assert train(fresh, STEPS, 2 * STEPS) != expected, f"nobody noticed that {what} was not restored"
 
 
@@ -210,7 +210,7 @@ def other_layout(out, precision, lora, stages):
         close = np.allclose(found[:2], expected[:2], rtol=1e-6, atol=0)
         close &= np.allclose(found, expected, rtol=1e-5 if precision == "fp32" else 2e-2, atol=0)
         assert close and state.tokens == step, f"stage {stages[step - 1]} to {stage}: {found}, expected {expected}"
-        load_checkpoint(built, path)
+    load_checkpoint(built, path)  # converted once more, into an engine that has trained
     assert sorted(path.name for path in out.iterdir())[0] == "latest", list(out.iterdir())
 
 
@@ -315,6 +315,22 @@ def separate_disks(out, stage):
     assert train(fresh, STEPS, 2 * STEPS) == expected
 
 
+def reads_once(out, stage):
+    """Finding and loading a checkpoint reads no more than this rank's part of it, and that once."""
+    built = engine(stage, "fp32", None, hidden=256)
+    train(built, 0, 1)
+    path = save_checkpoint(built, out, TrainState(step=1))
+    other = f"rank_{1 - dist.get_rank()}_"
+    mine = sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and other not in file.name)
+    load_checkpoint(built, path)  # what Python imports on the way is read here
+    read = lambda: int(Path("/proc/self/io").read_text().split()[1])
+    before = read()
+    load_checkpoint(built, find_checkpoint(out, "auto"))
+    found = read() - before
+    small = sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and file.stat().st_size <= SMALL)
+    assert mine > 5 * small and mine <= found + small and found <= mine + 2 * small, (mine, found, small)
+
+
 def failed_export(out):
     """The disk fills while rank 0 writes the model: all ranks raise, and the model that was there still loads."""
     built = engine(3, "bf16", None)
@@ -343,11 +359,13 @@ for stage in range(4):
     CHECKS[f"stage {stage}, LoRA"] = partial(resume_and_export, stage=stage, precision="fp32", lora=True)
 for part in ("random streams", "optimizer", "schedule"):
     CHECKS[f"resume without {part}"] = partial(broken_restore_is_noticed, what=part)
-for precision, lora in (("fp32", False), ("bf16", False), ("fp32", True)):
+for precision, lora, stages in (  # each of the twelve ways from one stage to another once
+    ("fp32", False, (1, 3, 2, 0, 1)),
+    ("bf16", False, (0, 3, 1, 2)),
+    ("fp32", True, (2, 1, 0, 2, 3, 0)),
+):
     kind = f"{precision}{', LoRA' if lora else ''}"
-    CHECKS[f"other stage, {kind}"] = partial(
-        other_layout, precision=precision, lora=lora, stages=(1, 3, 2, 0, 3, 1, 0, 2)
-    )
+    CHECKS[f"other stage, {kind}"] = partial(other_layout, precision=precision, lora=lora, stages=stages)
 for stage, precision, optim in ((0, "bf16", "adamw_8bit"), (1, "bf16", "adamw_torch"), (2, "fp32", "adamw_torch"),
                                 (3, "bf16", "adamw_8bit"), (0, "fp32", "adamw_torch"), (3, "fp32", "adamw_torch")):  # fmt: skip
     kind = f"NaN, stage {stage}, {precision}, {optim}"
@@ -359,6 +377,8 @@ CHECKS |= {
     "disk full on rank 0": partial(full_disk, stage=0, full_rank=0),
     "disk full on rank 1": partial(full_disk, stage=2, full_rank=1),
     "disk full during export": failed_export,
+    "reading once, stage 2": partial(reads_once, stage=2),
+    "reading once, stage 3": partial(reads_once, stage=3),
     "separate disks, stage 0": partial(separate_disks, stage=0),
     "separate disks, stage 3": partial(separate_disks, stage=3),
 }

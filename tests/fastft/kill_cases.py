@@ -8,8 +8,11 @@ long the last rank outlived the first.
 A hook is [name, *arguments], called in every rank before training: see the functions with its name below.
 """
 
+import gc
 import json
 import os
+import random
+import resource
 import signal
 import socket
 import sys
@@ -19,24 +22,45 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from fastft import checkpoint
+from fastft import metrics
 from fastft import train as loop
 from fastft.arguments import Arguments
+from fastft.checkpoint import loading
 from fastft.data import StepPlan
+from fastft.engine import _import_muon
 from fastft.tasks.causal_lm import Task
 
 
-def kill_in_backward(rank, count):
-    """SIGKILL in the back-propagation of a micro-batch, counted from 1: inside an accumulation where count is odd."""
+def kill_in_backward(rank, count, when="saved"):
+    """SIGKILL in the back-propagation of a micro-batch, counted from 1: inside an accumulation where count is odd.
+
+    when: `saved` waits for the checkpoint under way, so that the next launch starts from it; `now` does not.
+    """
     whole, calls = loop.backward, [0]
+    savers = remember_savers()
 
     def backward(*args):
         calls[0] += 1
         if calls[0] == count and int(os.environ["RANK"]) == rank:
+            while when == "saved" and not all(saver.done for saver in savers):
+                time.sleep(0.001)
             os.kill(os.getpid(), signal.SIGKILL)
         whole(*args)
 
     loop.backward = backward
+
+
+def remember_savers():
+    """The list that the run's Saver will be in."""
+    savers = []
+
+    class Remembered(loop.Saver):
+        def __enter__(self):
+            savers.append(self)
+            return super().__enter__()
+
+    loop.Saver = Remembered
+    return savers
 
 
 def kill_in_evaluation(rank, count):
@@ -87,10 +111,30 @@ def kill_after(ranks, seconds):
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
+def full_disk(seed):
+    """Around each save the disk of one rank takes files up to some size only: both are drawn, alike on all ranks."""
+    draw, (_, hard) = random.Random(seed), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class OnFullDisk(loop.Saver):
+        def start(self, state):
+            full, size = draw.randrange(2), int(10 ** draw.uniform(3.8, 5.5))
+            if full == int(os.environ["RANK"]):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+            super().start(state)
+
+        def settle(self, state):
+            try:
+                super().settle(state)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    loop.Saver = OnFullDisk
+
+
 def drop(what):
     """A resume that loses a part: what the equality tests must notice."""
     if what == "random streams":
-        checkpoint._restore_streams = lambda streams: None
+        loading.restore_streams = lambda streams: None
     elif what == "scales":  # of the 8-bit moments
         whole = loop.load_checkpoint
 
@@ -126,7 +170,8 @@ def start(launch, rank, port, log):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     if "hook" in launch:
         name, *arguments = launch["hook"]
-        {f.__name__: f for f in (kill_in_backward, kill_in_evaluation, in_backward, kill_after, drop)}[name](*arguments)
+        hooks = (kill_in_backward, kill_in_evaluation, in_backward, kill_after, full_disk, drop)
+        {f.__name__: f for f in hooks}[name](*arguments)
     loop.leave(loop.run(Arguments(**launch["arguments"])))
 
 
@@ -156,7 +201,17 @@ def run(launch):
     return {"codes": codes, "seconds": ends[-1] - ends[0], "output": output}
 
 
+def prepare():
+    """Does once what each rank would do, so that a fork has it."""
+    _import_muon()
+    list(deepspeed.ops.__compatible_ops__)
+    metrics.draw_losses = lambda *_: None  # a tenth of a run's time, and nothing that a kill could change
+    gc.collect()
+    gc.freeze()  # or the first collection of each rank would touch, and so copy, all of it
+
+
 def main(cases, out):
+    prepare()
     for name, launches in json.loads(Path(cases).read_text()).items():
         outcome = [run(launch) for launch in launches]
         (Path(out) / f"{name}.json").write_text(json.dumps(outcome))

@@ -60,6 +60,7 @@ def main():
     parser.add_argument("--optim", default="adamw_8bit")
     args = parser.parse_args()
     args.out.mkdir(parents=True)
+    kill_cases.prepare()
     draw = random.Random(args.seed)
     arguments = {
         **prepare(args.out), "max_steps": STEPS_PER_KILL * args.kills, "per_device_train_batch_size": 4,

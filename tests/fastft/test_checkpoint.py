@@ -6,15 +6,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from fastft import checkpoint
-from fastft.checkpoint import TrainState, find_checkpoint
-from fastft.durable import together, write_json
+from fastft.checkpoint import TrainState, find_checkpoint, folders, identity, manifest, streams
+from fastft.durable import file_sha256, together, write_json
 
 CHECKS = [
     *(f"stage {stage}{kind}" for stage in range(4) for kind in ("", ", LoRA")),
@@ -25,6 +23,7 @@ CHECKS = [
     *("refusals", "another base model", "rotation"),
     *("disk full on rank 0", "disk full on rank 1", "disk full during export"),
     *("separate disks, stage 0", "separate disks, stage 3"),
+    *("reading once, stage 2", "reading once, stage 3"),
 ]
 
 
@@ -61,7 +60,7 @@ def test_two_ranks(outcomes, check):
 def finished(folder, serial):
     folder.mkdir(parents=True)
     (folder / ".disk").write_text("0")
-    checkpoint._write_manifest(folder, {}, {"world_size": 1}, serial)
+    manifest.write_manifest(folder, {}, {"world_size": 1}, serial)
     return folder
 
 
@@ -99,9 +98,9 @@ FACTS = {"dtype": "float32", "optimizer": "AdamW"}
 )
 def test_refusals_say_what_differs(change, sentence):
     run = {**FACTS, "parameters": {"a": "[2, 3]"}}
-    checkpoint._check_same("here", run, run)
+    identity.check_same("here", run, run)
     with pytest.raises(ValueError) as error:
-        checkpoint._check_same("here", {**run, **change}, run)
+        identity.check_same("here", {**run, **change}, run)
     assert str(error.value) == f"checkpoint here: {sentence}"
 
 
@@ -109,24 +108,24 @@ def test_random_streams_continue_exactly(tmp_path):
     """Also in the middle of a pair: both generators of normal numbers keep the second one for the next call."""
     draw = lambda: [random.random(), random.gauss(0, 1), np.random.randn(), np.random.rand(), *torch.randn(3).tolist()]
     random.gauss(0, 1), np.random.randn(), torch.randn(1)
-    state = checkpoint._rank_state(SimpleNamespace(module=torch.nn.Linear(1, 1)))
+    state = streams.rank_state(None)
     (tmp_path / "rank-00000.safetensors").write_bytes(state)
     expected = draw()
-    streams, _ = checkpoint._load_rank(tmp_path, 0, 1)
+    saved, _ = streams.load_rank(tmp_path, 0, 1)
     draw()
-    checkpoint._restore_streams(streams)
+    streams.restore_streams(saved)
     assert draw() == expected
 
 
 def test_the_frozen_checksum_notices_one_bit_and_ignores_trained_weights():
     layer = torch.nn.Linear(3, 5).bfloat16()
     layer.weight.requires_grad_(False)
-    before = checkpoint._frozen_checksum(layer)
+    before = identity.frozen_checksum(layer)
     with torch.no_grad():
         layer.bias += 1
-        assert checkpoint._frozen_checksum(layer) == before
+        assert identity.frozen_checksum(layer) == before
         layer.weight.view(torch.int16)[4, 2] ^= 1
-    assert checkpoint._frozen_checksum(layer) != before
+    assert identity.frozen_checksum(layer) != before
 
 
 def test_state_survives_json():
@@ -194,7 +193,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(two_checkpoints, tmp_
         assert str(name) in told
         with pytest.raises(ValueError, match=rf"^--resume_from_checkpoint .*: .*{name.name}"):
             find_checkpoint(copy, str(copy / last.name), verify="full")
-        if damage is not flip or (last / name).stat().st_size <= checkpoint.SMALL:
+        if damage is not flip or (last / name).stat().st_size <= manifest.SMALL:
             assert find_checkpoint(copy, "auto") == copy / good.name
         capsys.readouterr()
 
@@ -205,7 +204,7 @@ def test_rotation_spares_the_last_good_one_and_the_best(two_checkpoints, tmp_pat
     for step in (3, 4):
         shutil.copytree(copy / "step-000002", copy / f"step-00000{step}")
         empty(copy / f"step-00000{step}" / "state.json")
-    checkpoint._rotate(copy / "step-000002", 1, best_step=1)
+    folders.rotate(copy / "step-000002", 1, best_step=1)
     assert sorted(path.name for path in copy.iterdir()) == ["latest", "step-000001", "step-000002"]
 
 
@@ -233,11 +232,11 @@ def test_no_pickle_of_a_checkpoint_is_executed(two_checkpoints, tmp_path, monkey
     step = tmp_path / "out" / "checkpoints" / "step-000002"
     shard = next(step.rglob("*optim_states.pt"))
     torch.save({"optimizer_state_dict": Bomb()}, shard)
-    manifest = json.loads((step / "manifest.json").read_text())
-    del manifest["sha256"]
+    content = json.loads((step / "manifest.json").read_text())
+    del content["sha256"]
     name = shard.relative_to(step).as_posix()
-    manifest["files"][name] = {"bytes": shard.stat().st_size, "sha256": checkpoint.file_sha256(shard)}
-    write_json(step / "manifest.json", {**manifest, "sha256": checkpoint._digest(manifest)})
+    content["files"][name] = {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
+    write_json(step / "manifest.json", {**content, "sha256": manifest.digest(content)})
     files = {"model_name_or_path": tiny_llama, "train_file": sums_file, "output_dir": "out", "report_to": ["none"]}
     with pytest.raises(ValueError, match="holds what is no training state"):
         train(Arguments(**files, max_steps=2, zero_stage=2, bf16=True, resume_from_checkpoint="auto"))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastft.arguments import Arguments
-from fastft.engine import choose_dtype, deepspeed_config
+from fastft.engine import check_launcher, choose_dtype, deepspeed_config
+from fastft.train import run
 
 CPU = torch.device("cpu")
 
@@ -71,3 +72,43 @@ def test_fp16_on_a_cpu_that_cannot_is_refused(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False, raising=False)
     with pytest.raises(ValueError, match="this CPU has no fp16 arithmetic; use --bf16 true"):
         choose_dtype(Arguments(fp16=True), CPU)
+
+
+WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize("environment", [{}, WHOLE, {"WORLD_SIZE": "1"}, {"MASTER_PORT": "29500"}, {"LOCAL_RANK": "0"}])
+def test_a_launcher_or_none(environment):
+    check_launcher(environment)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"MASTER_ADDR": None}, "RANK=1 and WORLD_SIZE=2 is set, but not MASTER_ADDR"),
+        ({"MASTER_ADDR": "", "MASTER_PORT": None}, "but not MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": None}, "RANK=1 is set, but not WORLD_SIZE"),
+        ({"RANK": None}, "WORLD_SIZE=2 is set, but not RANK"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is set, which must be a whole number"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE='-2' is set, which must be a whole number"),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE=0 is set, which must be from 1"),
+        ({"RANK": "2"}, "RANK=2 is set, which must be from 0 to 1"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is set, which must be from 1 to 65535"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK='x' is set, which must be a whole number"),
+        ({"LOCAL_SIZE": "9" * 5000}, "LOCAL_SIZE='9999"),
+    ],
+)
+def test_half_a_launcher_is_one_sentence(change, sentence):
+    environment = {name: value for name, value in {**WHOLE, **change}.items() if value is not None}
+    with pytest.raises(ValueError, match=r"start ranks with `fastft train`, .* to train alone$") as error:
+        check_launcher(environment)
+    assert sentence in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+def test_a_run_under_half_a_launcher_ends_at_once(monkeypatch, capsys):
+    for name in WHOLE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    assert run(Arguments()) == 2
+    assert capsys.readouterr().err.startswith("fastft train: error: RANK=3 is set, but not WORLD_SIZE, MASTER_ADDR")

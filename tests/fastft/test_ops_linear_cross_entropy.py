@@ -239,7 +239,7 @@ def test_layer():
         (lambda a: a.update(labels=a["labels"].int()), "labels are .* of torch.int32"),
         (lambda a: a["labels"].__setitem__((1, 1), 50), r"a label is 50; labels must be in \[0, 50\), or -100"),
         (lambda a: a["labels"].__setitem__((1, 1), -1), "a label is -1"),
-        (lambda a: a.update(reduction="max"), "reduction 'max' is unknown: choose one of mean, sum, none"),
+        (lambda a: a.update(reduction="max"), "reduction is 'max'; it must be one of mean, sum, none"),
         (lambda a: a.update(label_smoothing=1.5), r"label_smoothing is 1.5; it must be in \[0, 1\]"),
         (lambda a: a.update(softcap=0.0), "softcap is 0.0; it must be positive"),
         (lambda a: a.update(z_loss=-1.0), "z_loss is -1.0; it must not be negative"),

@@ -103,9 +103,9 @@ def test_compiles_into_one_graph(reduction):
         (lambda a, o: a.__setitem__(3, a[3][1:]), "the teacher's vocabulary is 49, the student's 50"),
         (lambda a, o: a.__setitem__(2, a[2][:2]), r"teacher_hidden is \[2, 7, 24\] .* must be \[3, 7, 'K'\]"),
         (lambda a, o: a.__setitem__(1, a[1][:, 1:]), r"weight is \[50, 15\] .* must be \[V, 16\]"),
-        (lambda a, o: o.update(divergence="kl"), "divergence 'kl' is unknown: choose one of forward_kl"),
+        (lambda a, o: o.update(divergence="kl"), "divergence is 'kl'; it must be one of forward_kl"),
         (lambda a, o: o.update(temperature=0.0), "temperature is 0.0; it must be positive"),
-        (lambda a, o: o.update(reduction="max"), "reduction 'max' is unknown"),
+        (lambda a, o: o.update(reduction="max"), "reduction is 'max'"),
         (lambda a, o: o.update(reduction="sum", num_items=3), "num_items is what a mean is divided by"),
     ],
 )
