@@ -83,6 +83,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("has_cuda") = true;
   module.def("cuda_device_count", cuda_device_count, "CUDA devices that the driver offers; 0 where there is no driver.");
   define(module, "cuda_adamw8bit", cuda_adamw8bit);
+  define(module, "cuda_lion8bit", cuda_lion8bit);
   define(module, "cuda_nf4_dequantize", cuda_nf4_dequantize);
 #else
   module.attr("has_cuda") = false;

@@ -1,7 +1,7 @@
-// 8-bit AdamW on the GPU: one launch for all tensors, the arithmetic of the CPU (common/adamw.h, common/quantize8.h).
+// 8-bit AdamW and Lion on the GPU: one launch for all tensors, the arithmetic of the CPU (common/adamw.h, common/quantize8.h).
 //
 // A warp updates a block of 256 elements, eight per lane, in registers; maxima travel by shuffles. 16 bytes are moved per
-// element, whole sectors at a time: lane l holds the elements l, l + 32, ... of the block.
+// element (Lion: 14), whole sectors at a time: lane l holds the elements l, l + 32, ... of the block.
 #include "cuda/adamw8bit.h"
 
 #include <cuda_runtime.h>
@@ -86,30 +86,87 @@ __global__ void __launch_bounds__(kWarp * kWarps)
   }
 }
 
+// Twelve blocks leave 42 registers: full occupancy, at 32, spills one on sm_100.
+template <class G, class C, class Code>
+__global__ void __launch_bounds__(kWarp * kWarps, 12)
+    lion8bit_kernel(const int64_t* rows, const int64_t* first, int64_t count, int64_t blocks, AdamWStep step,
+                    Code code) {
+  const int64_t number = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (number >= blocks) return;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t tensor = tensor_of(first, count, number);
+  const int64_t* row = rows + tensor * 6;
+  const int64_t block = number - first[tensor];
+  const int64_t from = block * kQuantBlock;
+  const int64_t left = row[0] - from;
+  float* w = reinterpret_cast<float*>(row[1]) + from;
+  const G* g = reinterpret_cast<const G*>(row[2]) + from;
+  C* copy = reinterpret_cast<C*>(row[3]);
+  uint8_t* codes = reinterpret_cast<uint8_t*>(row[4]) + from;
+  float* absmax = reinterpret_cast<float*>(row[5]) + block;
+
+  const float scale = *absmax;
+  float m[kPerLane], top = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kPerLane; ++k) {
+    const int j = lane + k * kWarp;
+    m[k] = 0.0f;
+    if (j < left) {
+      m[k] = code.read_signed(codes[j], scale);
+      w[j] = guarded_lion_element(w[j], widen(g[j]), m[k], step);
+      if (copy != nullptr) narrow(w[j], copy[from + j]);
+      top = fmaxf(top, magnitude_of(m[k]));
+    }
+  }
+  const float next = stored_absmax(warp_max(top)), inverse = reciprocal_or_zero(next);
+#pragma unroll
+  for (int k = 0; k < kPerLane; ++k) {
+    const int j = lane + k * kWarp;
+    if (j < left) codes[j] = static_cast<uint8_t>(code.write_signed(m[k], inverse));
+  }
+  if (lane == 0) *absmax = next;
+}
+
+// Calls launch(Type of the gradient, Type of the copy, step, code map), and throws CUDA's words where that fails.
+template <class Launch>
+void update(const char* name, const float* scalars, const float* maps, DType grad_dtype, DType copy_dtype,
+            const Launch& launch) {
+  AdamWStep step;
+  std::memcpy(&step, scalars, sizeof step);
+  with_type(grad_dtype, [&](auto grad) {
+    with_type(copy_dtype, [&](auto copy) {
+      if (maps == nullptr)
+        launch(grad, copy, step, Companded{});
+      else
+        launch(grad, copy, step, Dynamic{maps, maps + 256});
+    });
+  });
+  const cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+}
+
+unsigned grid_of(int64_t blocks) { return static_cast<unsigned>((blocks + kWarps - 1) / kWarps); }
+
 }  // namespace
 
 void cuda_adamw8bit(const int64_t* rows, const int64_t* first, int64_t count, int64_t blocks, const float* scalars,
                     const float* maps, DType grad_dtype, DType copy_dtype, void* stream) {
   if (blocks == 0) return;
-  AdamWStep step;
-  std::memcpy(&step, scalars, sizeof step);
-  const auto launch = [&](auto code) {
-    with_type(grad_dtype, [&](auto grad) {
-      with_type(copy_dtype, [&](auto copy) {
-        using G = typename decltype(grad)::type;
-        using C = typename decltype(copy)::type;
-        const unsigned grid = static_cast<unsigned>((blocks + kWarps - 1) / kWarps);
-        adamw8bit_kernel<G, C><<<grid, kWarp * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(rows, first, count,
-                                                                                               blocks, step, code);
-      });
-    });
-  };
-  if (maps == nullptr)
-    launch(Companded{});
-  else
-    launch(Dynamic{maps, maps + 256});
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("adamw8bit: ") + cudaGetErrorString(error));
+  update("adamw8bit", scalars, maps, grad_dtype, copy_dtype, [&](auto grad, auto copy, AdamWStep step, auto code) {
+    adamw8bit_kernel<typename decltype(grad)::type, typename decltype(copy)::type>
+        <<<grid_of(blocks), kWarp * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(rows, first, count, blocks, step,
+                                                                                    code);
+  });
+}
+
+void cuda_lion8bit(const int64_t* rows, const int64_t* first, int64_t count, int64_t blocks, const float* scalars,
+                   const float* maps, DType grad_dtype, DType copy_dtype, void* stream) {
+  if (blocks == 0) return;
+  update("lion8bit", scalars, maps, grad_dtype, copy_dtype, [&](auto grad, auto copy, AdamWStep step, auto code) {
+    lion8bit_kernel<typename decltype(grad)::type, typename decltype(copy)::type>
+        <<<grid_of(blocks), kWarp * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(rows, first, count, blocks, step,
+                                                                                    code);
+  });
 }
 
 int cuda_device_count() {

@@ -65,7 +65,7 @@ def lion8bit(params, grads, masters, states, *, lr, betas, weight_decay, code, g
     """One step of 8-bit Lion. states: (m codes, m absmax), each a list."""
     if not params:
         return
-    backend = dispatch.choose("adamw8bit", params[0], grads[0])
+    backend = _backend8(params[0], grads[0])
     beta1, beta2 = betas
     scalars = (1 / grad_divisor, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, lr, 1.0, 0.0)
     with _Contiguous(params, grads, masters) as (weights, grads, copies):

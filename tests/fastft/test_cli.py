@@ -17,8 +17,8 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 FLAGS = """
     adam_beta1 adam_beta2 adam_epsilon bf16 cache_dir completion_column completion_only_loss dataset_config_name
     dataset_name ddp_timeout deepspeed early_stopping_patience eval_on_start eval_steps fp16 gradient_accumulation_steps
-    gradient_checkpointing kernels label_column label_smoothing_factor learning_rate load_best_model_at_end local_rank
-    logging_steps lora_alpha lora_dropout lora_r lora_target_modules lr_scheduler_type max_eval_samples max_grad_norm
+    gradient_checkpointing kernels label_column label_smoothing_factor learning_rate load_best_model_at_end load_in_4bit
+    local_rank logging_steps lora_alpha lora_dropout lora_r lora_target_modules lr_scheduler_type max_eval_samples max_grad_norm
     max_length max_skipped_steps max_steps max_train_samples metric_for_best_model model_name_or_path num_train_epochs
     offload_optimizer on_bad_row on_save_error optim output_dir overwrite_output_dir packing per_device_eval_batch_size
     per_device_train_batch_size preprocessing_num_workers problem_type prompt_column report_to resume_from_checkpoint
@@ -101,7 +101,7 @@ def test_a_mistake_gets_one_sentence(capsys, tmp_path, monkeypatch, argv, senten
 
 def test_no_command_shows_the_commands(capsys):
     code, out, _ = run(capsys)
-    assert code == 2 and all(name in out for name in ("train", "predict", "eval", "merge", "doctor"))
+    assert code == 2 and all(name in out for name in ("train", "predict", "eval", "merge", "quantize", "doctor"))
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

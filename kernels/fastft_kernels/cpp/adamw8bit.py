@@ -21,11 +21,13 @@ BLOCK = 256
 def adamw8bit(weights, grads, copies, m_codes, m_absmax, v_codes, v_absmax, scalars, maps=None):
     if weights and weights[0].is_cuda:
         states = (m_codes, m_absmax, v_codes, v_absmax)
-        return _on_gpu(weights, grads, copies, states, scalars, maps)
+        return _on_gpu(C.cuda_adamw8bit, weights, grads, copies, states, scalars, maps)
     update(C.adamw8bit, weights, grads, copies, (m_codes, m_absmax, v_codes, v_absmax), scalars, maps)
 
 
 def lion8bit(weights, grads, copies, m_codes, m_absmax, scalars, maps=None):
+    if weights and weights[0].is_cuda:
+        return _on_gpu(C.cuda_lion8bit, weights, grads, copies, (m_codes, m_absmax), scalars, maps)
     update(C.lion8bit, weights, grads, copies, (m_codes, m_absmax), scalars, maps)
 
 
@@ -47,7 +49,7 @@ def dequantize(codes, absmax, numel, signed, maps=None):
     return x
 
 
-def _on_gpu(weights, grads, copies, states, scalars, maps):
+def _on_gpu(kernel, weights, grads, copies, states, scalars, maps):
     """One launch for all tensors; the table of addresses is copied to the GPU without waiting for it."""
     columns = [weights, grads, copies, *states]
     rows = [[column[0].numel(), *map(address, column)] for column in zip(*columns, strict=True)]
@@ -59,9 +61,9 @@ def _on_gpu(weights, grads, copies, states, scalars, maps):
     table = table.pin_memory().to(device, non_blocking=True)
     numbers = array("f", scalars)
     with torch.cuda.device(device):
-        C.cuda_adamw8bit(
+        kernel(
             address(table),
-            address(table) + 8 * 8 * len(rows),
+            address(table) + 8 * sum(map(len, rows)),
             len(rows),
             first[-1],
             numbers.buffer_info()[0],
