@@ -89,10 +89,11 @@ def linear(self, x, *args, **kwargs):
 def attention(self, hidden_states, *args, **kwargs):
     """Forward of attention: q, k and v are computed together, with a mask each, and handed to the layers that are asked."""
     layers = [getattr(self, name) for name in _qkv_names(self)]
-    p = _shared_dropout(hidden_states, layers)
     forward = self.__dict__.get("fastft_rotating", type(self).forward)
-    # Under ZeRO-3 each layer is called for its own: its hooks gather and release its weights.
-    if p is None or hasattr(layers[0].base_layer.weight, "ds_id"):
+    # ZeRO-3 has a dictionary of its own there, and would hold the weights of a layer that is called but does not compute.
+    is_sharded = any(type(getattr(layer, "base_layer", layer)._parameters) is not dict for layer in layers)
+    p = None if is_sharded else _shared_dropout(hidden_states, layers)
+    if p is None:
         return forward(self, hidden_states, *args, **kwargs)
     ys = ops.lora_group(hidden_states, [_parameters(layer) for layer in layers], dropout_p=p)
     for layer, y in zip(layers, ys, strict=True):
