@@ -8,6 +8,7 @@ import numpy as np
 
 from fastft.data.errors import DataError, brief
 
+LARGEST = float(np.finfo(np.float32).max)  # scores are kept in float32
 _WHOLE = re.compile(r"[+-]?\d{1,4000}")  # Python refuses to convert more digits
 
 
@@ -67,13 +68,17 @@ def _sorted_classes(names):
 
 
 def _are_scores(labels):
-    return all(math.isfinite(_number(label)) for label in labels) and not all(map(_is_whole, labels))
+    return all(_is_score(label) for label in labels) and not all(map(_is_whole, labels))
 
 
 def _score_problem(label):
-    if math.isfinite(_number(label)):
+    if _is_score(label):
         return None
     return f"label {brief(label)} must be a finite number, as the task is regression"
+
+
+def _is_score(label):
+    return abs(_number(label)) <= LARGEST  # NaN is not
 
 
 def _number(label):
