@@ -19,6 +19,16 @@ from fastft_kernels.reference.rope import rope as reference
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def _why_not_triton(q, k, cos, sin):
+    longest = _KERNELS["triton"].MAX_HEADS
+    count = max(q.numel(), k.numel()) // q.shape[-1]
+    return (
+        f"it turns at most {longest} heads in a call, and these are {count}"
+        if count > longest
+        else _why_not(q, k, cos, sin)
+    )
+
+
 def _why_not(q, k, cos, sin):
     if q.dtype not in _DTYPES or cos.dtype not in _DTYPES:
         return f"it computes float32, bfloat16 and float16, and q is {q.dtype} with cos of {cos.dtype}"
@@ -27,7 +37,7 @@ def _why_not(q, k, cos, sin):
     return None
 
 
-_KERNELS = dispatch.register("rope", triton=_why_not, cpp=_why_not)
+_KERNELS = dispatch.register("rope", triton=_why_not_triton, cpp=_why_not)
 
 
 def _forward(q, k, cos, sin, unsqueeze_dim, backend):

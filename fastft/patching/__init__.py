@@ -147,7 +147,7 @@ def _patch(model, inner, roles):
         ("linear", None, _replace_linears),
     ):
         reason = getattr(family_of(inner.config), f"keeps_{role}", None) or _why_not_served(op, inner)
-        reason = reason or (_why_not_faster(inner) if role == "mlp" else None)
+        reason = reason or {"mlp": _why_not_faster, "rope": rope.why_kept}.get(role, lambda _: None)(inner)
         reason = reason if role in roles else NOT_ASKED_FOR
         count = replace(model, inner) if reason is None else 0
         if count:

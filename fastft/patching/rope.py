@@ -5,6 +5,7 @@ gets its own class's forward, the same code, with globals in which that name mea
 copied or changed, and what the name stands for elsewhere stays.
 """
 
+import sys
 import types
 
 from fastft import ops
@@ -20,9 +21,21 @@ def rotate(q, k, cos, sin, unsqueeze_dim=1):
 def find(inner):
     """The attention layers that rotate queries and keys: none in a model that knows positions by other means."""
     Attention = layer_class(inner.config, "Attention")
-    if Attention is None or _NAME not in Attention.forward.__code__.co_names:
+    if Attention is None or not _calls(Attention.forward):
         return []
     return [m for m in inner.modules() if type(m) is Attention]
+
+
+def why_kept(inner):
+    """Why layers that rotate keep transformers' function, or None."""
+    Attention = layer_class(inner.config, "Attention")
+    if Attention is None or not hasattr(sys.modules[Attention.__module__], _NAME) or _calls(Attention.forward):
+        return None
+    return f"{Attention.__name__}.forward does not itself call {_NAME}"
+
+
+def _calls(forward):
+    return isinstance(forward, types.FunctionType) and _NAME in forward.__code__.co_names
 
 
 def forward_of(Attention):

@@ -1,8 +1,8 @@
 """Rotary position embedding on the GPU, in Triton. Equation: reference/rope.py.
 
 q, k: [..., D], one of float32, bfloat16, float16; cos, sin: without the heads and with [..., R], any of them. Any strides;
-results lie in memory as q and k do, the elements of a head side by side. q and k are turned in one launch, whose tokens
-have fewer than MAX_HEADS heads together.
+results lie in memory as q and k do, the elements of a head side by side. q and k are turned in one launch; each has at
+most MAX_HEADS heads, those of all tokens counted.
 Saved for backward, which is the transposed rotation: cos and sin alone.
 
     dx1 = dy1 * cos1 + dy2 * sin2
@@ -20,7 +20,7 @@ from fastft_kernels._layout import angle_strides, rows, token_dim, token_strides
 
 BLOCK = 1024  # pairs of elements per program, 8 per thread: 16-byte accesses in half precision
 WARPS = 4
-MAX_HEADS = 2**31 - 2**16  # counted in int32, which divides faster; offsets are int64
+MAX_HEADS = 2**31 - 2**16  # numbered in int32, which divides faster; offsets are int64
 
 
 @triton.jit

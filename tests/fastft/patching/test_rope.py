@@ -1,5 +1,6 @@
 """Role `rope`: the rotation of single attention layers, with every kind of angles that transformers computes."""
 
+import functools
 import sys
 
 import pytest
@@ -66,6 +67,14 @@ def test_every_layer_that_rotates(family, tiny, calls):
     fastft.unpatch(model)
     model(torch.randint(5, 99, (2, 7)))
     assert len(calls) == (2 if family in ROTATED else 0)
+
+
+def test_a_forward_that_is_wrapped_keeps_its_rotation(tiny, monkeypatch):
+    Attention = type(tiny("llama").model.layers[0].self_attn)
+    stock = Attention.forward
+    monkeypatch.setattr(Attention, "forward", functools.wraps(stock)(lambda *args, **kwargs: stock(*args, **kwargs)))
+    report = fastft.patch(tiny("llama"), verbose=False)
+    assert report.kept["rope"] == "LlamaAttention.forward does not itself call apply_rotary_pos_emb"
 
 
 @pytest.mark.parametrize(
