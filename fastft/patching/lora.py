@@ -65,7 +65,7 @@ def linear(self, x, *args, **kwargs):
 def mlp(self, x):
     layers = self.gate_proj, self.up_proj, self.down_proj
     p = _dropout(layers[0]) if _serves(x, *layers) else None
-    if p is None or any(_dropout(layer) != p for layer in layers) or any(map(_is_watched, layers)):
+    if p is None or any(_dropout(layer) != p for layer in layers) or any(map(is_watched, layers)):
         return type(self).forward(self, x)
     return ops.lora_mlp(x, *map(_parameters, layers), dropout_p=p)
 
@@ -124,7 +124,7 @@ def _dropout(layer):
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
-def _is_watched(layer):
+def is_watched(layer):
     """Whether somebody other than DeepSpeed, whose hooks follow parameters wherever they are read, has hooks on it."""
     hooks = (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values(), *layer._backward_hooks.values())
     return any(not getattr(hook, "__module__", "").startswith("deepspeed.") for hook in hooks)
