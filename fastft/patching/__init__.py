@@ -9,7 +9,7 @@ what they are; saving, PEFT, gradient checkpointing and ZeRO-3 see no difference
     norm        RMSNorm, LayerNorm, and BERT's with dropout and residual in front    layers.py
     dropout     nn.Dropout, with fewer random draws                                  layers.py
     lora        PEFT's lora.Linear: alone, q with k and v, MLPs of three such        lora.py
-    mlp         the gated activation of an MLP                                       layers.py
+    mlp         the activation of an MLP, gated or behind a bias                     mlp.py
     linear      nn.Linear in half precision, on a CPU without instructions for it    layers.py
     loss        of a causal language model in training, from hidden states           loss.py
     pooling     classification of each sequence of a packed row                      packing.py
@@ -25,7 +25,7 @@ from torch import nn
 
 from fastft.ops import checks, dispatch
 from fastft.ops.linear import native
-from fastft.patching import attention, layers, lora, loss, packing, rope
+from fastft.patching import attention, layers, lora, loss, mlp, packing, rope
 from fastft.patching.families import family_of, layer_class, why_not_packed, why_unsupported
 from fastft.patching.loss import why_not_fused
 from fastft.patching.report import PatchReport
@@ -143,11 +143,11 @@ def _patch(model, inner, roles):
         ("norm", "layer_norm" if family_of(inner.config).norm_offset is None else "rms_norm", _replace_norms),
         ("dropout", "dropout", _replace_dropouts),
         ("lora", "lora", _replace_lora),
-        ("mlp", "gated_activation", _replace_mlps),
+        ("mlp", mlp.op(inner), mlp.replace),
         ("linear", None, _replace_linears),
     ):
         reason = getattr(family_of(inner.config), f"keeps_{role}", None) or _why_not_served(op, inner)
-        reason = reason or {"mlp": _why_not_faster, "rope": rope.why_kept}.get(role, lambda _: None)(inner)
+        reason = reason or {"mlp": mlp.why_kept, "rope": rope.why_kept}.get(role, lambda _: None)(inner)
         reason = reason if role in roles else NOT_ASKED_FOR
         count = replace(model, inner) if reason is None else 0
         if count:
@@ -196,18 +196,6 @@ def _why_not_served(op, inner):
     return dispatch.why_not(op, name, like, like)
 
 
-def _why_not_faster(inner):
-    """Why an MLP keeps its own activation where nobody asked for a backend: measured, benchmarks/test_gated_activation.py."""
-    on_cpu = next(inner.parameters()).device.type == "cpu"
-    if on_cpu and dispatch.requested() == "auto" and _activation(inner.config) == "silu":
-        return "on a CPU PyTorch's SiLU and product are faster than the kernel"
-    return None
-
-
-def _activation(config):
-    return getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-
-
 def _replace_attention(model, inner):
     config = copy.deepcopy(inner.config)  # other models may have been built from the same object
     for module in [m for m in model.modules() if m.__dict__.get("config") is inner.config]:
@@ -247,14 +235,6 @@ def _add_and_norm_blocks(inner):
     return [m for m in inner.modules() if type(m) in ends and type(m.dropout) is nn.Dropout]
 
 
-def _replace_mlps(model, inner):
-    config = inner.config
-    forward = {"silu": layers.swiglu_mlp, "gelu_pytorch_tanh": layers.geglu_mlp}.get(_activation(config))
-    MLP = layer_class(config, "MLP")
-    gated = lambda m: type(m) is MLP and hasattr(m, "gate_proj") and "forward" not in m.__dict__
-    return _bind([m for m in inner.modules() if gated(m)] if MLP and forward else [], forward)
-
-
 def _replace_dropouts(model, inner):
     name, attribute = family_of(inner.config).holds_dropout
     holder = layer_class(inner.config, name)
@@ -276,7 +256,7 @@ def _replace_lora(model, inner):
 
 
 def _replace_linears(model, inner):
-    linears = [m for m in inner.modules() if type(m) is nn.Linear]
+    linears = [m for m in inner.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
     return _bind([m for m in linears if m.weight.device.type == "cpu" and not native(m.weight.dtype)], layers.linear)
 
 

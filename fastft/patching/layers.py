@@ -1,4 +1,4 @@
-"""Roles `norm`, `dropout`, `mlp` and `linear`: forwards that are bound to single layers in place of their class's own."""
+"""Roles `norm`, `dropout` and `linear`: forwards that are bound to single layers in place of their class's own."""
 
 from torch import nn
 
@@ -26,14 +26,6 @@ def add_and_norm(self, hidden_states, input_tensor):
         return norm(self.dropout(hidden_states) + input_tensor)
     y, _ = ops.layer_norm(hidden_states, norm.weight, norm.bias, norm.eps, residual=input_tensor, dropout_p=p)
     return y
-
-
-def swiglu_mlp(self, x):
-    return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
-
-
-def geglu_mlp(self, x):
-    return self.down_proj(ops.geglu(self.gate_proj(x), self.up_proj(x), approximate="tanh"))
 
 
 def dropout(self, input):

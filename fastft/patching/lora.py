@@ -160,7 +160,7 @@ def _why_not_served(x, layer):
 
 def _shared_dropout(x, layers):
     """The dropout of layers that can be computed as a group; None where they cannot."""
-    if any(_why_not_served(x, layer) is not None or _is_watched(layer) for layer in layers):
+    if any(_why_not_served(x, layer) is not None or is_watched(layer) for layer in layers):
         return None
     first, *others = map(_dropout, layers)
     return first if all(p == first for p in others) else None
@@ -192,7 +192,7 @@ def _dropout(layer):
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
-def _is_watched(layer):
+def is_watched(layer):
     """Whether somebody other than DeepSpeed, whose hooks follow parameters wherever they are read, has hooks on it."""
     hooks = (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values(), *layer._backward_hooks.values())
     return any(not getattr(hook, "__module__", "").startswith("deepspeed.") for hook in hooks)

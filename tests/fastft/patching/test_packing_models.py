@@ -269,4 +269,4 @@ def test_bad_packed_rows(tiny, examples, collate):
 def test_packing_is_refused_where_a_head_reads_positions(tiny):
     model = tiny("bert", "ForQuestionAnswering")
     assert fastft.patch(model, verbose=False).packing == "BertForQuestionAnswering reads positions of a padded row"
-    assert fastft.patch(copy.deepcopy(model), verbose=False).replaced == {"attention": 2, "norm": 5}
+    assert fastft.patch(copy.deepcopy(model), verbose=False).replaced == {"attention": 2, "norm": 5, "mlp": 2}
