@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import fastft
 from fastft.ops import dispatch, lora, lora_group, lora_linear, lora_mlp, nf4
+from fastft.ops.nf4 import product_dtype
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["x", "weight", "bias", "lora_a", "lora_b"]
@@ -170,12 +171,12 @@ def test_saves_its_input_the_parameters_and_the_low_rank_product():
 
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
 def test_adapters_wider_than_x(adapters):
-    """The result is that of adapters rounded to x's dtype; gradients come in the dtype of the parameter."""
+    """They are rounded to the dtype of the products, float32 where bf16 is not native; gradients come in their own."""
     x, tensors = draw(5, 12, dtype=torch.bfloat16), layer(7, 12, 3, torch.bfloat16, adapters)
     y = lora_linear(x, *tensors, 0.5)
     y.sum().backward()
-    rounded = [t.detach().bfloat16() for t in tensors]
-    assert y.dtype == torch.bfloat16 and torch.equal(y, lora_linear(x, *rounded, 0.5))
+    rounded = [t.detach().to(product_dtype(x)) for t in tensors[2:]]
+    assert y.dtype == torch.bfloat16 and torch.equal(y, lora_linear(x, *tensors[:2], *rounded, 0.5))
     assert [t.grad.dtype for t in tensors] == [torch.bfloat16, torch.bfloat16, adapters, adapters]
 
 
