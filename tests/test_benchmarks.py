@@ -36,7 +36,7 @@ sys.exit(pytest.main(["benchmarks", *options]))
 def session(tmp_path_factory):
     """(what a toy session printed, the result it kept, the result's path)."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SESSION, str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

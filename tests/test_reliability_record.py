@@ -22,7 +22,7 @@ def named(page):
             yield file, test
 
 
-def tests_of(file):
+def functions_in(file):
     return {node.name for node in ast.parse((TESTS / file).read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
@@ -30,7 +30,7 @@ def tests_of(file):
 def test_a_promise_names_a_test_that_exists(page):
     promised = list(named(page))
     assert len(promised) > 4
-    missing = [f"{file}::{test}" for file, test in promised if test not in tests_of(file)]
+    missing = [f"{file}::{test}" for file, test in promised if test not in functions_in(file)]
     assert not missing, f"{page} names {', '.join(missing)}"
     files = re.findall(r"`(test_\w+\.py)`", (ROOT / page).read_text(encoding="utf-8"))
     assert all((TESTS / file).exists() for file in files), files

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fastft import ops
+from fastft.ops import checks
 
 
 class GELU(nn.Module):
@@ -15,8 +16,10 @@ class GELU(nn.Module):
 
     def __init__(self, approximate="none", *, bias_size=None, device=None, dtype=None):
         super().__init__()
-        if approximate not in ("none", "tanh"):
-            raise ValueError(f"GELU: approximate is {approximate!r}; it must be 'none' or 'tanh'")
+        checks.choice("GELU", ("none", "tanh"), approximate=approximate)
+        if bias_size is not None:
+            checks.whole_numbers("GELU", 1, bias_size=bias_size)
+        checks.factory("GELU", device, dtype)
         self.approximate = approximate
         bias = None if bias_size is None else nn.Parameter(torch.zeros(bias_size, device=device, dtype=dtype))
         self.register_parameter("bias", bias)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fastft import ops
+from fastft.ops import checks
 from fastft.ops.nf4 import BLOCK, STATE
 
 _OMITTED = {"state": False}
@@ -24,6 +25,9 @@ class Linear4bit(nn.Linear):
     """
 
     def __init__(self, in_features, out_features, bias=True, *, device=None, dtype=None):
+        checks.whole_numbers("Linear4bit", 1, in_features=in_features, out_features=out_features)
+        checks.flags("Linear4bit", bias=bias)
+        checks.factory("Linear4bit", device, dtype)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         weight = self.weight.detach()
         self._set(None)
@@ -33,6 +37,8 @@ class Linear4bit(nn.Linear):
     @classmethod
     def from_linear(cls, linear, *, block=BLOCK, double_quant=True):
         """The layer in 4 bits; it keeps the bias that `linear` has. ValueError where the weight holds NaN or infinity."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"Linear4bit.from_linear: linear is {checks.shown(linear)}; it must be a torch.nn.Linear")
         weight = linear.weight
         layer = cls(linear.in_features, linear.out_features, False, device="meta", dtype=weight.dtype)
         layer.quantize(weight.detach(), block=block, double_quant=double_quant)
@@ -41,6 +47,7 @@ class Linear4bit(nn.Linear):
 
     def quantize(self, weight, **options):
         """Takes `weight` [out_features, in_features]; options: those of ops.quantize_nf4."""
+        checks.tensors("Linear4bit.quantize", weight=weight)
         self._check_shape(weight.shape)
         self._set(ops.quantize_nf4(weight, **options))
 

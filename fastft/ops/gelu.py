@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastft.ops import dispatch
+from fastft.ops import checks, dispatch
 from fastft_kernels.reference.gelu import gelu as reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -107,8 +107,9 @@ def gelu(x, bias=None, *, approximate="none"):
 
 
 def _check(x, bias, approximate):
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f"gelu: approximate is {approximate!r}; it must be 'none' or 'tanh'")
+    checks.tensors("gelu", x=x)
+    checks.optional_tensors("gelu", bias=bias)
+    checks.choice("gelu", ("none", "tanh"), approximate=approximate)
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"gelu: x is {list(x.shape)} of {x.dtype}; it must be [..., cols] of a floating dtype")
     if bias is not None and (bias.shape != x.shape[-1:] or not bias.is_floating_point() or bias.device != x.device):

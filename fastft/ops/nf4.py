@@ -8,6 +8,7 @@ What an op needs for a moment is read into one buffer, the same for all weights 
 once. Saved for backward: the 4-bit weight itself, which is there anyway.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastft.ops import dispatch
+from fastft.ops import checks, dispatch
 from fastft.ops.linear import native
 from fastft_kernels.reference import nf4 as reference
 
@@ -52,6 +53,7 @@ class NF4Weight:
     double: tuple | None = None
 
     def __post_init__(self):
+        self._check_types()
         numel, blocks = self.numel, -(-self.numel // self.block)
         nested = -(-blocks // NESTED_BLOCK)
         wanted = [("codes", self.codes, torch.uint8, (numel + 1) // 2)]
@@ -64,9 +66,22 @@ class NF4Weight:
         for name, t, dtype, size in wanted:
             if t.dtype != dtype or t.numel() != size or t.device != self.codes.device:
                 raise ValueError(
-                    f"NF4: {name} is {list(t.shape)} of {t.dtype} on {t.device}; a weight of {list(self.shape)} in blocks "
-                    f"of {self.block} needs {size} elements of {dtype} on {self.codes.device}"
+                    f"NF4: {name} is {list(t.shape)} of {t.dtype} on {t.device}; the shape {list(self.shape)} in blocks "
+                    f"of {self.block} with codes on {self.codes.device} needs {size} elements of {dtype} there"
                 )
+
+    def _check_types(self):
+        checks.tensors("NF4Weight", codes=self.codes, absmax=self.absmax)
+        checks.whole_numbers("NF4Weight", 1, block=self.block)
+        if not isinstance(self.shape, (tuple, list)) or not all(isinstance(n, int) and n >= 0 for n in self.shape):
+            raise TypeError(f"NF4Weight: shape is {checks.shown(self.shape)}; it must be sizes")
+        if not isinstance(self.dtype, torch.dtype):
+            raise TypeError(f"NF4Weight: dtype is {checks.shown(self.dtype)}; it must be a torch.dtype")
+        if self.double is not None:
+            if not isinstance(self.double, (tuple, list)) or len(self.double) != 3:
+                raise TypeError(f"NF4Weight: double is {checks.shown(self.double)}; it must be (map, absmax, offset)")
+            checks.tensors("NF4Weight", **{"double[0]": self.double[0], "double[1]": self.double[1]})
+            checks.numbers("NF4Weight", **{"double[2]": self.double[2]})
 
     @property
     def numel(self):
@@ -78,6 +93,8 @@ class NF4Weight:
 
     def map(self, function):
         """The same weight with `function` applied to each of its tensors: to move or to copy it."""
+        if not callable(function):
+            raise TypeError(f"NF4Weight.map: function is {checks.shown(function)}; it must take a tensor and give one")
         double = self.double and (function(self.double[0]), function(self.double[1]), self.double[2])
         return replace(self, codes=function(self.codes), absmax=function(self.absmax), double=double)
 
@@ -100,6 +117,9 @@ class NF4Weight:
     @classmethod
     def from_state(cls, codes, state):
         """The weight of a file: codes, and what `state` names. ValueError where it is not NF4, or does not fit."""
+        checks.tensors("NF4Weight.from_state", codes=codes)
+        if not isinstance(state, dict):
+            raise TypeError(f"NF4Weight.from_state: state is {checks.shown(state)}; it must be a dict of tensors")
         if STATE not in state:
             kinds = [name.removeprefix("quant_state.") for name in state if name.startswith("quant_state.")]
             raise ValueError(
@@ -130,11 +150,16 @@ def quantize_nf4(weight, *, block=BLOCK, double_quant=True):
 
     Raises ValueError for NaN or infinity in it, another dtype or block.
     """
+    checks.tensors("quantize_nf4", weight=weight)
+    checks.whole_numbers("quantize_nf4", block=block)
+    checks.flags("quantize_nf4", double_quant=double_quant)
     if weight.dtype not in _DTYPES or block not in BLOCKS:
         raise ValueError(
             f"quantize_nf4: weight is of {weight.dtype}, block is {block}; it must be float32, bfloat16 or float16, and "
             f"one of {', '.join(map(str, BLOCKS))}"
         )
+    if weight.device.type == "meta":
+        raise ValueError("quantize_nf4: the weight is on meta, where it has no values")
     codes, absmax = _KERNELS[dispatch.choose("nf4", weight)].quantize(weight, block)
     if not absmax.isfinite().all() or weight.isnan().any():  # a maximum may have passed over NaN
         raise ValueError(f"quantize_nf4: the weight {list(weight.shape)} holds NaN or infinity")
@@ -147,6 +172,10 @@ def quantize_nf4(weight, *, block=BLOCK, double_quant=True):
 @torch.no_grad()
 def dequantize_nf4(weight, dtype=None, *, out=None):
     """The tensor of an NF4Weight, in `dtype` (by default its own). out: contiguous memory for it. Not differentiable."""
+    _check_weight("dequantize_nf4", weight)
+    checks.optional_tensors("dequantize_nf4", out=out)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dequantize_nf4: dtype is {checks.shown(dtype)}; it must be a torch.dtype, or None")
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
     elif (out.shape, out.device) != (weight.shape, weight.device) or not out.is_contiguous():
@@ -157,6 +186,11 @@ def dequantize_nf4(weight, dtype=None, *, out=None):
     flat = lambda t: t.contiguous().view(-1)
     _KERNELS[_backend(out)].dequantize(flat(weight.codes), flat(weight.absmax), weight.double, out, weight.block)
     return out
+
+
+def _check_weight(op, weight):
+    if not isinstance(weight, NF4Weight):
+        raise TypeError(f"{op}: weight is {checks.shown(weight)}; it must be an NF4Weight")
 
 
 def _backend(like):
@@ -271,17 +305,21 @@ def nf4_linear(x, weight, bias=None):
     as in torch's linear. Differentiable once in x and bias (any number of times under fastft.backend("reference")).
     Raises ValueError for shapes, dtypes or devices that do not fit, BackendError where the backend asked for cannot serve.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    _check_weight("nf4_linear", weight)
+    checks.tensors("nf4_linear", x=x)
+    checks.optional_tensors("nf4_linear", bias=bias)
+    if checks.autocasts(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if len(weight.shape) != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
         raise ValueError(
             f"nf4_linear: x is {list(x.shape)} on {x.device}, the weight {list(weight.shape)} on {weight.device}; "
             "they must be [..., in] and [out, in] on one device"
         )
-    if not x.is_floating_point() or (bias is not None and bias.shape != weight.shape[:1]):
+    if not x.is_floating_point() or (bias is not None and (bias.shape != weight.shape[:1] or bias.device != x.device)):
         shape = None if bias is None else list(bias.shape)
         raise ValueError(f"nf4_linear: x is of {x.dtype}, bias {shape}; x must be floating, bias [{weight.shape[0]}]")
-    with torch.autocast(x.device.type, enabled=False):
+    is_autocast = checks.autocasts(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if is_autocast else contextlib.nullcontext():
         if torch.compiler.is_compiling():
             values, nested, offset = weight.double or (None, None, 0.0)
             y = _op(x, weight.codes, weight.absmax, values, nested, offset, list(weight.shape), weight.block, False)

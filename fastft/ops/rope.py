@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastft.ops import dispatch
+from fastft.ops import checks, dispatch
 from fastft_kernels._layout import rows
 from fastft_kernels.reference.rope import rope as reference
 
@@ -117,6 +117,8 @@ def rope(q, k, cos, sin, *, unsqueeze_dim=1):
 
 
 def _check(q, k, cos, sin, unsqueeze_dim):
+    checks.tensors("rope", q=q, k=k, cos=cos, sin=sin)
+    checks.whole_numbers("rope", unsqueeze_dim=unsqueeze_dim)
     if q.dim() not in (3, 4) or not q.is_floating_point():
         raise ValueError(
             f"rope: q is {list(q.shape)} of {q.dtype}; it must be [B, H, S, D] or [T, H, D], floating point"

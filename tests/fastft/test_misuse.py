@@ -28,6 +28,10 @@ def layer(rank=2, inside=8, out=8):
     return T(out, inside), T(out), T(rank, inside), T(out, rank), 0.5
 
 
+def four_bits():
+    return ops.quantize_nf4(T(6, 8))
+
+
 def model():
     size = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     return LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2, num_key_value_heads=1))
@@ -96,6 +100,25 @@ CASES = {
         },
     ),
     "ops.dropout": (ops.dropout, lambda: {"x": T(3, 8), "p": 0.5, "seed": 3}),
+    "ops.gelu": (ops.gelu, lambda: {"x": T(3, 8), "bias": T(8), "approximate": "tanh"}),
+    "ops.rope": (
+        ops.rope,
+        lambda: {"q": T(2, 4, 5, 8), "k": T(2, 2, 5, 8), "cos": T(2, 5, 8), "sin": T(2, 5, 8), "unsqueeze_dim": 1},
+    ),
+    "ops.quantize_nf4": (ops.quantize_nf4, lambda: {"weight": T(6, 8), "block": 64, "double_quant": True}),
+    "ops.dequantize_nf4": (
+        ops.dequantize_nf4, lambda: {"weight": four_bits(), "dtype": torch.float32, "out": T(6, 8)}
+    ),
+    "ops.nf4_linear": (ops.nf4_linear, lambda: {"x": T(3, 8), "weight": four_bits(), "bias": T(6)}),
+    "ops.NF4Weight": (
+        ops.NF4Weight, lambda: {f: getattr(four_bits(), f) for f in ("codes", "absmax", "dtype", "block", "double")}
+        | {"shape": (6, 8)},
+    ),
+    "ops.NF4Weight.map": (lambda function: four_bits().map(function), lambda: {"function": torch.clone}),
+    "ops.NF4Weight.state": (four_bits().state, dict),
+    "ops.NF4Weight.from_state": (
+        ops.NF4Weight.from_state, lambda: {"codes": four_bits().codes, "state": four_bits().state()}
+    ),
     "ops.geglu": (ops.geglu, lambda: {"gate": T(3, 8), "up": T(3, 8), "approximate": "tanh"}),
     "ops.swiglu": (ops.swiglu, lambda: {"gate": T(3, 8), "up": T(3, 8)}),
     "ops.layer_norm": (
@@ -155,6 +178,27 @@ CASES = {
         lambda: {"hidden_size": 8, "eps": 1e-5, "bias": True, "dropout_p": 0.1, "device": "cpu", "dtype": torch.float32},
     ),
     "nn.LayerNorm.forward": (nn.LayerNorm(8), lambda: {"x": T(3, 8), "residual": T(3, 8)}),
+    "nn.GELU": (
+        nn.GELU, lambda: {"approximate": "tanh", "bias_size": 8, "device": "cpu", "dtype": torch.float32}
+    ),
+    "nn.GELU.forward": (nn.GELU(bias_size=8), lambda: {"x": T(3, 8)}),
+    "nn.RotaryEmbedding": (nn.RotaryEmbedding, lambda: {"dim": 8, "theta": 10000.0}),
+    "nn.RotaryEmbedding.forward": (
+        nn.RotaryEmbedding(8), lambda: {"q": T(2, 5, 4, 8), "k": T(2, 5, 2, 8), "position_ids": torch.arange(5)[None]}
+    ),
+    "nn.Linear4bit": (
+        nn.Linear4bit,
+        lambda: {"in_features": 8, "out_features": 6, "bias": True, "device": "cpu", "dtype": torch.float32},
+    ),
+    "nn.Linear4bit.forward": (nn.Linear4bit(8, 6), lambda: {"x": T(3, 8)}),
+    "nn.Linear4bit.from_linear": (
+        nn.Linear4bit.from_linear, lambda: {"linear": torch.nn.Linear(8, 6), "block": 64, "double_quant": True}
+    ),
+    "nn.Linear4bit.quantize": (nn.Linear4bit(8, 6).quantize, lambda: {"weight": T(6, 8)}),
+    "nn.Linear4bit.dequantize": (nn.Linear4bit(8, 6).dequantize, lambda: {"dtype": torch.bfloat16}),
+    "nn.Linear4bit.load": (
+        nn.Linear4bit(8, 6).load, lambda: {"codes": four_bits().codes, "state": four_bits().state()}
+    ),
     "nn.LinearCrossEntropyLoss": (
         nn.LinearCrossEntropyLoss,
         lambda: {

@@ -114,7 +114,7 @@ def test_unknown_backend(use):
         use("cuda")
 
 
-@pytest.mark.parametrize("op", fastft.ops.__all__)
+@pytest.mark.parametrize("op", [name for name in fastft.ops.__all__ if not inspect.isclass(getattr(fastft.ops, name))])
 def test_every_op_has_its_parts(op):
     """A function that stays one when its submodule is imported, tests, and for what has kernels a reference."""
     function = getattr(fastft.ops, op)
