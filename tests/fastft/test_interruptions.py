@@ -19,6 +19,7 @@ def outcomes(run_killed, run_arguments, tmp_path_factory):
     two, one = {}, {"ranks": 1}
     cases = {
         "whole": [two],
+        "whole, stage 2": [two],
         "SIGTERM": [hook(1, 10, "signals", TERM), two],  # to one rank only, in step 5
         "SIGINT": [hook(0, 11, "signals", INT), two],  # in step 6, after which an evaluation and a save are due
         "SIGUSR1": [hook(1, 10, "signals", USR1)],
@@ -32,6 +33,7 @@ def outcomes(run_killed, run_arguments, tmp_path_factory):
         "full disk": [{"hook": ["full_disk", 2]}],
     }
     more = {
+        "whole, stage 2": [{"layout": (2, "none")}],
         "ranks": [{"layout": (2, "none")}] * 3,
         "stages": [{"layout": (stage, "none")} for stage in (1, 3, 2)],
         "stuck": [{"ddp_timeout": 4}],
@@ -117,8 +119,8 @@ def test_what_would_lose_the_place_in_the_data_is_refused(outcomes):
 def test_a_disk_that_is_full_at_random_points_loses_nothing(outcomes):
     """Failed saves are told and leave nothing behind; those that are there are good; training does not notice."""
     told = outcomes["full disk"]["launches"][0]["output"]
-    assert losses(outcomes["full disk"]) == losses(outcomes["whole"])
-    failed = set(re.findall(r"checkpoint \S*/(step-\d+) was not written \(earlier ones are kept\): rank [01]: ", told))
+    assert losses(outcomes["full disk"]) == losses(outcomes["whole, stage 2"])
+    failed = set(re.findall(r"checkpoint .*/(step-\d+) was not written \(earlier ones are kept\): rank [01]: ", told))
     checkpoints = outcomes["full disk"]["folder"] / "checkpoints"
     kept = {path.name for path in checkpoints.iterdir()} - {"latest"}
     assert failed and kept - failed, f"the draw was not fair: {told}"
