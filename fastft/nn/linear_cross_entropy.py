@@ -4,7 +4,7 @@ from torch import nn
 
 from fastft import ops
 from fastft.ops import checks
-from fastft.ops.linear_cross_entropy import check_options
+from fastft.ops.cross_entropy import check_options
 
 
 class LinearCrossEntropyLoss(nn.Module):

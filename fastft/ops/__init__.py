@@ -4,6 +4,7 @@ The functions are bound here, eagerly, so that none turns into the submodule of 
 """
 
 from fastft.ops.attention import attention
+from fastft.ops.cross_entropy import cross_entropy
 from fastft.ops.dropout import dropout
 from fastft.ops.gated_activation import geglu, swiglu
 from fastft.ops.gelu import gelu
@@ -20,6 +21,7 @@ from fastft.ops.rope import rope
 __all__ = [
     "NF4Weight",
     "attention",
+    "cross_entropy",
     "dequantize_nf4",
     "dropout",
     "geglu",

@@ -10,45 +10,19 @@ the backward pass only multiplies by the incoming gradient; with reduction="none
 row, it is the backward pass that computes the gradients, from logits that it makes again.
 """
 
-import os
-import typing
-import warnings
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastft.ops import checks, dispatch
+from fastft.ops.cross_entropy import KERNELS, LossStats, check_labels, check_num_items, check_options, share_of
 from fastft.ops.linear import native
-from fastft_kernels.reference import cross_entropy as reference
 
 BUDGET = {"cuda": 2**30, "cpu": 2**28}  # bytes of a chunk's logits
 MIN_ROWS, MAX_ROWS = 64, 4096  # of a chunk: products with fewer rows are slow, with more they gain nothing
 SLICE = (
     2**24
 )  # elements of the head that are multiplied, widened or added up at once, where a product has no fp32 result
-REDUCTIONS = ("mean", "sum", "none")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class LossStats(typing.NamedTuple):
-    """What the same pass tells of each row, without gradients; zeros where the label is ignored."""
-
-    log_probs: Tensor
-    """log-probability of the label, float32"""
-    correct: Tensor
-    """whether the label is the likeliest token, bool"""
-    entropy: Tensor
-    """entropy of the distribution, float32"""
-
-
-def _why_not(hidden, weight):
-    if hidden.dtype not in _DTYPES:
-        return f"it computes float32, bfloat16 and float16, and hidden is {hidden.dtype}"
-    return None
-
-
-_KERNELS = dispatch.register("cross_entropy", triton=_why_not, cpp=_why_not) | {"reference": reference}
 
 
 class KeptRows:
@@ -167,7 +141,7 @@ def _compute(
     rows, vocabulary = len(labels) if kept is None else len(kept), len(weight)
     if rows == 0 or vocabulary == 0:
         return outputs
-    forward = _KERNELS[backend].forward
+    forward = KERNELS[backend].forward
     step = chunk_rows(rows, vocabulary, hidden.element_size(), hidden.device.type)
     buffer = hidden.new_empty(step, vocabulary)
     for start in range(0, rows, step):
@@ -343,7 +317,7 @@ def linear_cross_entropy(
     options = ignore_index, float(label_smoothing), None if softcap is None else float(softcap), float(z_loss)
     share = scale = None
     if reduction == "mean":
-        share = _share(rows, targets, ignore_index, num_items)
+        share = share_of(rows, targets, ignore_index, num_items)
         # In the logits' gradient it costs no rounding of its own, but in float16 the gradient would vanish.
         scale = None if rows.dtype == torch.float16 else share.expand(len(rows))
     loss, log_probs, entropy, correct, *_ = run(rows, weight, bias, targets, scale, *options, *trained, backend)
@@ -354,16 +328,6 @@ def linear_cross_entropy(
     if not return_stats:
         return loss
     return loss, LossStats(*(t.view(labels.shape) for t in (log_probs, correct, entropy)))
-
-
-def _share(rows, targets, ignore_index, num_items):
-    """What a row counts for in a mean: a tensor, made without waiting for the device."""
-    like = {"dtype": torch.promote_types(rows.dtype, torch.float32), "device": rows.device}
-    if num_items is None:
-        return (targets != ignore_index).sum().clamp(min=1).to(like["dtype"]).reciprocal()
-    if isinstance(num_items, Tensor):
-        return num_items.reshape(()).to(**like, non_blocking=True).reciprocal()
-    return torch.full((), 1 / num_items, **like)
 
 
 def cast(*tensors):
@@ -393,55 +357,8 @@ def check_head(op, hidden, weight, bias=None, name="hidden"):
         )
 
 
-def check_labels(op, hidden, labels, ignore_index, vocabulary):
-    """Raises ValueError for labels of another shape, dtype or device, and where it costs no waiting for wrong values."""
-    if labels.shape != hidden.shape[:-1] or labels.dtype != torch.int64 or labels.device != hidden.device:
-        raise ValueError(
-            f"{op}: labels are {list(labels.shape)} of {labels.dtype} on {labels.device}; for hidden "
-            f"{list(hidden.shape)} they must be {list(hidden.shape[:-1])} of torch.int64 on {hidden.device}"
-        )
-    if torch.compiler.is_compiling() or (labels.device.type != "cpu" and os.environ.get("FASTFT_CHECK") != "1"):
-        return
-    kept = labels != ignore_index
-    wrong = labels[kept & ((labels < 0) | (labels >= vocabulary))]
-    if len(wrong):
-        raise ValueError(
-            f"{op}: a label is {int(wrong[0])}; labels must be in [0, {vocabulary}), or {ignore_index} where ignored"
-        )
-    if len(labels) and not kept.any():
-        warnings.warn(
-            f"{op}: every label is {ignore_index}, ignored: the loss is 0, and so are its gradients", stacklevel=4
-        )
-
-
 def _check(hidden, weight, labels, ignore_index, label_smoothing, softcap, z_loss, reduction, num_items):
     op = "linear_cross_entropy"
     check_options(op, ignore_index, label_smoothing, softcap, z_loss, reduction)
     check_num_items(op, num_items, reduction)
     check_labels(op, hidden, labels, ignore_index, len(weight))
-
-
-def check_options(op, ignore_index, label_smoothing, softcap, z_loss, reduction):
-    """Raises ValueError or TypeError for options that cannot be, whatever the tensors."""
-    checks.choice(op, REDUCTIONS, reduction=reduction)
-    checks.whole_numbers(op, ignore_index=ignore_index)
-    checks.numbers(op, label_smoothing=label_smoothing, z_loss=z_loss)
-    checks.optional_numbers(op, softcap=softcap)
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{op}: label_smoothing is {label_smoothing}; it must be in [0, 1]")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: softcap is {softcap}; it must be positive, or None for none")
-    if not z_loss >= 0:
-        raise ValueError(f"{op}: z_loss is {z_loss}; it must not be negative")
-
-
-def check_num_items(op, num_items, reduction):
-    """Raises ValueError or TypeError unless it is a positive number, or a tensor of one element, and goes with a mean."""
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f"{op}: num_items is what a mean is divided by; with reduction={reduction!r} leave it out")
-    if not isinstance(num_items, Tensor):
-        checks.optional_numbers(op, num_items=num_items)
-    if num_items is not None and not isinstance(num_items, Tensor) and not num_items > 0:
-        raise ValueError(f"{op}: num_items is {num_items}; it must be positive")
-    if isinstance(num_items, Tensor) and num_items.numel() != 1:
-        raise ValueError(f"{op}: num_items is {list(num_items.shape)}; it must be a number or a tensor of one element")

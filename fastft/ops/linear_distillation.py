@@ -15,13 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastft.ops import checks
+from fastft.ops.cross_entropy import REDUCTIONS, check_labels, check_num_items
 from fastft.ops.linear_cross_entropy import (
-    REDUCTIONS,
     add_weight_gradient,
     cast,
     check_head,
-    check_labels,
-    check_num_items,
     chunk_rows,
     hidden_gradient,
     logits_of,

@@ -99,6 +99,13 @@ CASES = {
             "cu_seqlens_k": torch.tensor([0, 3, 7], dtype=torch.int32), "max_seqlen_q": 4, "max_seqlen_k": 4,
         },
     ),
+    "ops.cross_entropy": (
+        ops.cross_entropy,
+        lambda: {
+            "logits": T(5, 9), "labels": torch.tensor([0, 1, 2, -100, 8]), "ignore_index": -100, "label_smoothing": 0.1,
+            "softcap": 9.0, "z_loss": 0.1, "reduction": "mean", "num_items": 3, "return_stats": False, "inplace": True,
+        },
+    ),
     "ops.dropout": (ops.dropout, lambda: {"x": T(3, 8), "p": 0.5, "seed": 3}),
     "ops.gelu": (ops.gelu, lambda: {"x": T(3, 8), "bias": T(8), "approximate": "tanh"}),
     "ops.rope": (
