@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from benchmarks._harness import Replay, measure, speedup
 from fastft import durable
@@ -104,7 +103,6 @@ def runs(request, tmp_path_factory):
         yield measure(sides, request.config.getoption("--rounds"), warmup=1, between=settled)
     finally:
         durable.hashlib = whole
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("side", SIDES)
