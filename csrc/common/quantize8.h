@@ -37,11 +37,15 @@ FASTFT_INLINE float stored_absmax(float largest) { return largest < kSmallestAbs
 
 FASTFT_INLINE float reciprocal_or_zero(float x) { return x > 0.0f ? 1.0f / x : 0.0f; }
 
-// A code reaches `read_signed` as a `Signed` byte, `read_unsigned` as a uint8_t.
+// Codes are bytes. Loops that widen many at once first, as `Signed` says, go on with `read_widened`.
 struct Companded {
   using Signed = int8_t;
 
-  FASTFT_INLINE float read_signed(int code, float absmax) const {
+  FASTFT_INLINE float read_signed(uint8_t code, float absmax) const {
+    return read_widened(static_cast<Signed>(code), absmax);
+  }
+
+  FASTFT_INLINE float read_widened(int code, float absmax) const {
     const float f = static_cast<float>(code) * (1.0f / 127.0f);
     return f * magnitude_of(f) * absmax;
   }
@@ -73,7 +77,9 @@ struct Dynamic {
   const float* signed_map;  // 256 values, ascending, from about -1 to 1
   const float* unsigned_map;  // 256 values, ascending, from 0 to 1
 
-  FASTFT_INLINE float read_signed(int code, float absmax) const { return signed_map[code] * absmax; }
+  FASTFT_INLINE float read_signed(uint8_t code, float absmax) const { return read_widened(code, absmax); }
+
+  FASTFT_INLINE float read_widened(int code, float absmax) const { return signed_map[code] * absmax; }
 
   FASTFT_INLINE float read_unsigned(int code, float absmax) const { return unsigned_map[code] * absmax; }
 

@@ -96,7 +96,7 @@ struct AdamW8bit {
     uint32_t top = 0;
 #pragma omp simd reduction(max : top)
     for (int j = 0; j < size; ++j) {
-      float next_m = c.read_signed(m_wide[j], m_scale), next_v = c.read_unsigned(v_wide[j], v_scale);
+      float next_m = c.read_widened(m_wide[j], m_scale), next_v = c.read_unsigned(v_wide[j], v_scale);
       next_w[j] = adamw_element(w[j], g[j], next_m, next_v, roots[j], s);
       m[j] = next_m;
       top = larger(top, bits_of(next_v));
@@ -108,7 +108,7 @@ struct AdamW8bit {
     } else {
       v_top = 0.0f;
       for (int j = 0; j < size; ++j) {
-        float next_m = c.read_signed(m_wide[j], m_scale), next_v = c.read_unsigned(v_wide[j], v_scale);
+        float next_m = c.read_widened(m_wide[j], m_scale), next_v = c.read_unsigned(v_wide[j], v_scale);
         w[j] = guarded_adamw_element(w[j], g[j], next_m, next_v, roots[j], s);
         m[j] = next_m;
         v_top = std::max(v_top, next_v);
@@ -139,7 +139,7 @@ struct Lion8bit {
     const float scale = *absmax;
 #pragma omp simd
     for (int j = 0; j < size; ++j) {
-      float next_m = c.read_signed(wide[j], scale);
+      float next_m = c.read_widened(wide[j], scale);
       w[j] = guarded_lion_element(w[j], g[j], next_m, s);
       m[j] = next_m;
     }
@@ -177,7 +177,7 @@ struct Dequantize {
     alignas(64) int32_t wide[kQuantBlock];
     widen_codes<std::conditional_t<Signed, typename Code::Signed, uint8_t>>(codes, size, wide);
 #pragma omp simd
-    for (int j = 0; j < size; ++j) x[j] = Signed ? c.read_signed(wide[j], absmax) : c.read_unsigned(wide[j], absmax);
+    for (int j = 0; j < size; ++j) x[j] = Signed ? c.read_widened(wide[j], absmax) : c.read_unsigned(wide[j], absmax);
   }
 };
 

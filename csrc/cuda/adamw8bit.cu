@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kWarp * kWarps)
     m[k] = roots[k] = 0.0f;
     if (j < left) {
       float v = code.read_unsigned(v_codes[j], v_scale);
-      m[k] = code.read_signed(static_cast<typename Code::Signed>(m_codes[j]), m_scale);
+      m[k] = code.read_signed(m_codes[j], m_scale);
       w[j] = guarded_adamw_element(w[j], widen(g[j]), m[k], v, roots[k], step);
       if (copy != nullptr) narrow(w[j], copy[from + j]);
       m_top = fmaxf(m_top, magnitude_of(m[k]));

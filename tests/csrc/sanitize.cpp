@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "common/quantize8.h"
 #include "common/tensor_list.h"
 #include "cpu/adamw.h"
 #include "cpu/gated_activation.h"
@@ -48,6 +49,21 @@ class Buffer {
 };
 
 int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+
+// As the GPU reads and writes them: a byte each.
+void case_codes(const float* maps) {
+  const Companded companded;
+  const Dynamic dynamic{maps, maps + 256};
+  for (int c = 0; c < 256; ++c) {
+    const uint8_t code = static_cast<uint8_t>(c);
+    if (c != 128) {  // no code
+      const float value = companded.read_signed(code, 3.0f);
+      check((value < 0.0f) == (c > 128) && std::fabs(value) <= 3.0f, "codes from 129 on are negative");
+      check(companded.write_signed(value, 1.0f / 3.0f) == c, "codes come back");
+    }
+    check(dynamic.read_signed(code, 3.0f) == 3.0f * maps[c], "a code is a place in the map");
+  }
+}
 
 void case_adamw(DType grad, DType copy, const float* maps) {
   const float scalars[] = {0.5f, 0.99f, 0.9f, 0.1f, 0.999f, 0.001f, 0.01f, 1.5f, 1e-8f};
@@ -151,6 +167,7 @@ int main() {
   std::vector<float> maps(512);
   for (int i = 0; i < 512; ++i) maps[i] = i < 256 ? (i - 127) / 128.0f : (i - 256) / 255.0f;
   case_many_elements();
+  case_codes(maps.data());
   for (int isa = 0; isa <= static_cast<int>(best_isa()); ++isa) {
     active_isa() = static_cast<Isa>(isa);
     for (DType grad : kDTypes) {
