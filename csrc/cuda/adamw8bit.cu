@@ -35,6 +35,26 @@ __device__ int64_t tensor_of(const int64_t* first, int64_t count, int64_t number
   return low;
 }
 
+// Where a block lies: the row of its tensor, its number there, its first element and how many come from there on.
+struct Place {
+  const int64_t* row;
+  int64_t block, from, left;
+
+  __device__ Place(const int64_t* rows, int fields, const int64_t* first, int64_t count, int64_t number) {
+    const int64_t tensor = tensor_of(first, count, number);
+    row = rows + tensor * fields;
+    block = number - first[tensor];
+    from = block * kQuantBlock;
+    left = row[0] - from;
+  }
+
+  // Address number `field` (1 ...), as elements of T; null where it is 0.
+  template <class T>
+  __device__ T* at(int field) const {
+    return reinterpret_cast<T*>(row[field]);
+  }
+};
+
 template <class G, class C, class Code>
 __global__ void __launch_bounds__(kWarp * kWarps)
     adamw8bit_kernel(const int64_t* rows, const int64_t* first, int64_t count, int64_t blocks, AdamWStep step,
@@ -42,18 +62,15 @@ __global__ void __launch_bounds__(kWarp * kWarps)
   const int64_t number = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (number >= blocks) return;
   const int lane = threadIdx.x % kWarp;
-  const int64_t tensor = tensor_of(first, count, number);
-  const int64_t* row = rows + tensor * 8;
-  const int64_t block = number - first[tensor];
-  const int64_t from = block * kQuantBlock;
-  const int64_t left = row[0] - from;
-  float* w = reinterpret_cast<float*>(row[1]) + from;
-  const G* g = reinterpret_cast<const G*>(row[2]) + from;
-  C* copy = reinterpret_cast<C*>(row[3]);
-  uint8_t* m_codes = reinterpret_cast<uint8_t*>(row[4]) + from;
-  float* m_absmax = reinterpret_cast<float*>(row[5]) + block;
-  uint8_t* v_codes = reinterpret_cast<uint8_t*>(row[6]) + from;
-  float* v_absmax = reinterpret_cast<float*>(row[7]) + block;
+  const Place place(rows, 8, first, count, number);
+  const int64_t from = place.from, left = place.left;
+  float* w = place.at<float>(1) + from;
+  const G* g = place.at<const G>(2) + from;
+  C* copy = place.at<C>(3);
+  uint8_t* m_codes = place.at<uint8_t>(4) + from;
+  float* m_absmax = place.at<float>(5) + place.block;
+  uint8_t* v_codes = place.at<uint8_t>(6) + from;
+  float* v_absmax = place.at<float>(7) + place.block;
 
   const float m_scale = *m_absmax, v_scale = *v_absmax;
   float m[kPerLane], roots[kPerLane], m_top = 0.0f, v_top = 0.0f;
@@ -94,16 +111,13 @@ __global__ void __launch_bounds__(kWarp * kWarps, 12)
   const int64_t number = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (number >= blocks) return;
   const int lane = threadIdx.x % kWarp;
-  const int64_t tensor = tensor_of(first, count, number);
-  const int64_t* row = rows + tensor * 6;
-  const int64_t block = number - first[tensor];
-  const int64_t from = block * kQuantBlock;
-  const int64_t left = row[0] - from;
-  float* w = reinterpret_cast<float*>(row[1]) + from;
-  const G* g = reinterpret_cast<const G*>(row[2]) + from;
-  C* copy = reinterpret_cast<C*>(row[3]);
-  uint8_t* codes = reinterpret_cast<uint8_t*>(row[4]) + from;
-  float* absmax = reinterpret_cast<float*>(row[5]) + block;
+  const Place place(rows, 6, first, count, number);
+  const int64_t from = place.from, left = place.left;
+  float* w = place.at<float>(1) + from;
+  const G* g = place.at<const G>(2) + from;
+  C* copy = place.at<C>(3);
+  uint8_t* codes = place.at<uint8_t>(4) + from;
+  float* absmax = place.at<float>(5) + place.block;
 
   const float scale = *absmax;
   float m[kPerLane], top = 0.0f;
