@@ -232,15 +232,8 @@ def linear_distillation(
     if not summed:
         return loss.view(hidden.shape[:-1])
     loss = loss.sum()
-    return (
-        loss
-        if reduction == "sum"
-        else loss
-        / (
-            kept.sum().clamp(min=1)
-            if num_items is None
-            else num_items
-            if isinstance(num_items, Tensor)
-            else float(num_items)
-        )
-    )
+    if reduction == "sum":
+        return loss
+    if num_items is None:
+        return loss / kept.sum().clamp(min=1)
+    return loss / (num_items if isinstance(num_items, Tensor) else float(num_items))

@@ -17,7 +17,6 @@ what they are; saving, PEFT, gradient checkpointing and ZeRO-3 see no difference
 
 import copy
 import inspect
-import types
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,7 @@ from fastft.ops import checks, dispatch
 from fastft.ops.linear import native
 from fastft.patching import attention, layers, lora, loss, mlp, packing, rope
 from fastft.patching.families import family_of, layer_class, why_not_packed, why_unsupported
+from fastft.patching.layers import bind
 from fastft.patching.loss import why_not_fused
 from fastft.patching.report import PatchReport
 
@@ -214,17 +214,17 @@ def _replace_ropes(model, inner):
     forward = rope.forward_of(type(layers[0]))
     for layer in layers:
         layer.__dict__["fastft_rotating"] = forward  # role lora binds the layer again, around this one
-    return _bind(layers, forward)
+    return bind(layers, forward)
 
 
 def _replace_norms(model, inner):
     offset = family_of(inner.config).norm_offset
     if offset is None:
-        _bind(_add_and_norm_blocks(inner), layers.add_and_norm)
+        bind(_add_and_norm_blocks(inner), layers.add_and_norm)
         norms = [m for m in inner.modules() if type(m) is nn.LayerNorm and len(m.normalized_shape) == 1]
-        return _bind([m for m in norms if m.elementwise_affine], layers.layer_norm)
+        return bind([m for m in norms if m.elementwise_affine], layers.layer_norm)
     norm = layer_class(inner.config, "RMSNorm")
-    return _bind([m for m in inner.modules() if type(m) is norm], layers.gemma_norm if offset else layers.rms_norm)
+    return bind([m for m in inner.modules() if type(m) is norm], layers.gemma_norm if offset else layers.rms_norm)
 
 
 def _add_and_norm_blocks(inner):
@@ -240,24 +240,24 @@ def _replace_dropouts(model, inner):
     holder = layer_class(inner.config, name)
     unused = {getattr(m, attribute) for m in inner.modules() if holder is not None and type(m) is holder}
     dropouts = [m for m in inner.modules() if type(m) is nn.Dropout and 0 < m.p < 1 and m not in unused]
-    return _bind(dropouts, layers.dropout)
+    return bind(dropouts, layers.dropout)
 
 
 def _replace_lora(model, inner):
     linears, mlps, attentions = lora.replaceable(inner)
-    _bind(mlps, lora.mlp)
-    _bind(attentions, lora.attention)
+    bind(mlps, lora.mlp)
+    bind(attentions, lora.attention)
     kept = lora.kept(inner)
     for name, module in lora.find(inner).items():
         module.__dict__["fastft_name"] = name
-    return _bind(linears, lora.linear) - sum(
+    return bind(linears, lora.linear) - sum(
         module in linears for name, module in lora.find(inner).items() if name in kept
     )
 
 
 def _replace_linears(model, inner):
     linears = [m for m in inner.modules() if type(m) is nn.Linear and "forward" not in m.__dict__]
-    return _bind([m for m in linears if m.weight.device.type == "cpu" and not native(m.weight.dtype)], layers.linear)
+    return bind([m for m in linears if m.weight.device.type == "cpu" and not native(m.weight.dtype)], layers.linear)
 
 
 def _pools(inner):
@@ -270,7 +270,7 @@ def _replace_pooling(inner):
     family, encoder = family_of(inner.config), inner.base_model
     is_classifier = type(inner) is layer_class(inner.config, "ForSequenceClassification")
     if family.decoder:
-        return _bind([inner] if is_classifier else [], packing.classify)
+        return bind([inner] if is_classifier else [], packing.classify)
     readers = []
     if getattr(encoder, "pooler", None) is not None:
         readers.append(encoder.pooler)
@@ -289,12 +289,6 @@ def _replace_pooling(inner):
         reader.fastft_cu_seqlens = None
         reader.register_forward_pre_hook(packing.read_first)
     return len(readers)
-
-
-def _bind(modules, forward):
-    for module in modules:
-        module.forward = types.MethodType(forward, module)
-    return len(modules)
 
 
 def _is_ours(module):

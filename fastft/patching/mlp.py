@@ -9,7 +9,6 @@ around the product, or somebody watches its output by a hook, it computes as it 
 """
 
 import sys
-from types import MethodType
 
 from torch import nn
 from transformers import activations
@@ -18,6 +17,7 @@ from transformers.pytorch_utils import Conv1D, apply_chunking_to_forward
 from fastft import ops
 from fastft.ops import dispatch
 from fastft.patching.families import layer_class
+from fastft.patching.layers import bind
 from fastft.patching.lora import is_watched
 
 APPROXIMATIONS = {  # transformers has five ways to write two functions
@@ -112,14 +112,14 @@ def replace(model, inner):
         for first in [getattr(m, name) for m in mlps]:
             first = first.get_base_layer() if hasattr(first, "get_base_layer") else first
             if type(first) in (nn.Linear, Conv1D) and "forward" not in first.__dict__:
-                first.forward = MethodType(product, first)
+                bind([first], product)
                 first.fastft_activates = True
-        return _bind(mlps, forward)
+        return bind(mlps, forward)
     mlps = [m for m in inner.modules() if type(m) is layer_class(config, "MLP") and "forward" not in m.__dict__]
     if config.model_type == "modernbert":
-        return _bind([m for m in mlps if approximation(m.act)], modernbert)
+        return bind([m for m in mlps if approximation(m.act)], modernbert)
     forward = {"silu": swiglu, "gelu_pytorch_tanh": geglu}.get(_activation(config))
-    return _bind([m for m in mlps if hasattr(m, "gate_proj")] if forward else [], forward)
+    return bind([m for m in mlps if hasattr(m, "gate_proj")] if forward else [], forward)
 
 
 def approximation(activation):
@@ -147,9 +147,3 @@ def _plain(inner):
 
 def _activation(config):
     return getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-
-
-def _bind(modules, forward):
-    for module in modules:
-        module.forward = MethodType(forward, module)
-    return len(modules)
