@@ -13,26 +13,12 @@
 #include <type_traits>
 
 #include "common/dtype.h"
+#include "common/elementary.h"
 #include "common/isa.h"
 
 namespace fastft {
 
 enum class Activation : int { silu, gelu, gelu_tanh };  // the order of reference/gated_activation.py
-
-// 2^-t for 0 <= t < 2^22, and 0 where that is no normal number.
-FASTFT_INLINE float halved(float t) {
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
-  const float shifted = kShift - t;
-  const float r = (kShift - shifted) - t;
-  float p = 1.33988744e-3f + r * 1.53533619e-4f;
-  p = p * r + 9.61843736e-3f;
-  p = p * r + 5.55033247e-2f;
-  p = p * r + 2.40226479e-1f;
-  p = p * r + 6.93147203e-1f;
-  p = p * r + 1.0f;
-  const int32_t power = static_cast<int32_t>(bits_of(shifted) - bits_of(kShift)) + 127;
-  return p * float_of(static_cast<uint32_t>(power < 0 ? 0 : power) << 23);
-}
 
 struct SiluTail {
   static FASTFT_INLINE void tail(float a, float& q, float& dq) {

@@ -12,8 +12,12 @@
 #include "common/quantize8.h"
 #include "common/tensor_list.h"
 #include "cpu/adamw.h"
+#include "cpu/attention.h"
+#include "cpu/cross_entropy.h"
+#include "cpu/dropout.h"
 #include "cpu/gated_activation.h"
 #include "cpu/gelu.h"
+#include "cpu/layer_norm.h"
 #include "cpu/nf4.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rope.h"
@@ -104,6 +108,74 @@ void case_rms_norm(DType dtype) {
   }
 }
 
+// Alone, and with dropout and a residual in front.
+void case_layer_norm(DType dtype) {
+  const int64_t rows = 3, cols = 77, n = rows * cols, size = size_of(dtype);
+  Buffer x(n, size, true), residual(n, size, true), weight(cols, size, true), y(n, size, false), h(n, size, false);
+  Buffer mean(rows, 4, false), rstd(rows, 4, false), dx(n, size, false), dh(n, size, false);
+  Buffer dweight(cols, size, false), dbias(cols, size, false);
+  layer_norm_forward(x.as<void>(), cols, nullptr, 0, weight.as<void>(), weight.as<void>(), y.as<void>(), nullptr,
+                     mean.as<float>(), rstd.as<float>(), rows, cols, 1e-6f, 0, 1.0f, 0, dtype, dtype, 2);
+  layer_norm_backward(y.as<void>(), cols, nullptr, 0, x.as<void>(), cols, weight.as<void>(), mean.as<float>(),
+                      rstd.as<float>(), dx.as<void>(), nullptr, nullptr, nullptr, rows, cols, 0, 1.0f, 0, dtype, dtype, 2);
+  layer_norm_forward(x.as<void>(), cols, residual.as<void>(), cols, weight.as<void>(), nullptr, y.as<void>(),
+                     h.as<void>(), mean.as<float>(), rstd.as<float>(), rows, cols, 1e-6f, 6554, 1.1f, 5, dtype, dtype, 2);
+  layer_norm_backward(y.as<void>(), cols, y.as<void>(), cols, h.as<void>(), cols, weight.as<void>(), mean.as<float>(),
+                      rstd.as<float>(), dx.as<void>(), dh.as<void>(), dweight.as<void>(), dbias.as<void>(), rows, cols,
+                      6554, 1.1f, 5, dtype, dtype, 2);
+}
+
+void case_dropout(DType dtype) {
+  for (int64_t n : {1, 7, 8, 1023, 1024, 1025, 40001}) {
+    Buffer x(n, size_of(dtype), true), y(n, size_of(dtype), false);
+    dropout(x.as<void>(), y.as<void>(), n, 6554, 1.1f, 3, dtype, 2);
+    dropout(x.as<void>(), x.as<void>(), n, 6554, 1.0f, -3, dtype, 2);
+  }
+}
+
+void case_cross_entropy(DType dtype) {
+  const int64_t rows = 4, size = size_of(dtype);
+  for (int64_t cols : {1, 15, 77, 1025}) {
+    Buffer logits(rows * cols, size, true), labels(rows, 8, false), scale(rows, 4, true), loss(rows, 4, false);
+    Buffer log_prob(rows, 4, false), correct(rows, 1, false), entropy(rows, 4, false);
+    labels.as<int64_t>()[0] = cols - 1, labels.as<int64_t>()[1] = -100;
+    for (bool gradient : {false, true})
+      cross_entropy_forward(logits.as<void>(), cols, labels.as<int64_t>(), gradient ? scale.as<float>() : nullptr,
+                            loss.as<float>(), log_prob.as<float>(), correct.as<uint8_t>(), entropy.as<float>(), rows, cols,
+                            -100, gradient ? 0.1f : 0.0f, gradient ? 30.0f : 0.0f, 1e-4f, gradient, dtype, 2);
+  }
+}
+
+// Packed sequences with a window, soft-capping and dropout, some without queries or keys; then a batch whose keys are bounded.
+void case_attention(DType dtype) {
+  const int64_t heads = 4, heads_k = 2, size = size_of(dtype);
+  const int32_t cu_seqlens_q[] = {0, 65, 65, 70, 71}, cu_seqlens_k[] = {0, 70, 73, 73, 202};
+  const int64_t key_bounds[] = {3, 50, 0, 0};
+  for (int64_t d : {1, 13, 32, 160})
+    for (bool packed : {true, false}) {
+      const int64_t sequences = packed ? 4 : 2, queries = packed ? 71 : 17, keys = packed ? 202 : 70;
+      const int64_t batches = packed ? 1 : 2, tokens = batches * queries, tokens_k = batches * keys;
+      const AttentionShape shape = {sequences, heads, heads_k, d, queries, keys, tokens,
+                                    packed ? 9 : int64_t{1} << 40, packed ? 0 : int64_t{1} << 40, packed ? 6554 : 0,
+                                    {queries * heads * d, heads * d, d}, {keys * heads_k * d, heads_k * d, d},
+                                    {keys * heads_k * d, heads_k * d, d}, {queries * heads, 1, queries},
+                                    {queries * heads * d, heads * d, d}, {queries * heads, 1, queries}};
+      Buffer q(tokens * heads * d, size, true), k(tokens_k * heads_k * d, size, true), v(tokens_k * heads_k * d, size, true);
+      Buffer o(tokens * heads * d, size, false), lse(tokens * heads, 4, false), dlse(tokens * heads, 4, true);
+      Buffer dq(tokens * heads * d, size, false), dk(tokens_k * heads_k * d, size, false);
+      Buffer dv(tokens_k * heads_k * d, size, false);
+      const int32_t* cu_q = packed ? cu_seqlens_q : nullptr;
+      const int32_t* cu_k = packed ? cu_seqlens_k : nullptr;
+      const int64_t* bounds = packed ? nullptr : key_bounds;
+      const float softcap = packed ? 5.0f : 0.0f;
+      attention_forward(&shape, q.as<void>(), k.as<void>(), v.as<void>(), cu_q, cu_k, bounds, o.as<void>(),
+                        lse.as<float>(), 0.3f, softcap, 7, dtype, 2);
+      attention_backward(&shape, q.as<void>(), packed ? dlse.as<float>() : nullptr, q.as<void>(), k.as<void>(),
+                         v.as<void>(), o.as<void>(), lse.as<float>(), cu_q, cu_k, bounds, dq.as<void>(), dk.as<void>(),
+                         dv.as<void>(), 0.3f, softcap, 7, dtype, 2);
+    }
+}
+
 void case_rope(DType dtype, DType angle_dtype) {
   const int64_t size = size_of(dtype);
   for (int64_t half : {1, 13, 64, 77}) {
@@ -171,6 +243,10 @@ int main() {
   for (int isa = 0; isa <= static_cast<int>(best_isa()); ++isa) {
     active_isa() = static_cast<Isa>(isa);
     for (DType grad : kDTypes) {
+      case_attention(grad);
+      case_cross_entropy(grad);
+      case_dropout(grad);
+      case_layer_norm(grad);
       case_rms_norm(grad);
       case_nf4(grad);
       case_activations(grad);

@@ -125,6 +125,24 @@ def test_padded(sizes, mask):
             assert_same(gradients(out, (q, k, v), dout), gradients(expected, (q, k, v), dout), 1e-10)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True, "softcap": 1.5},
+        {"window": (2, 1), "return_lse": True},
+        {"causal": True, "dropout_p": 0.3, "seed": 5},
+    ],
+    ids=str,
+)
+def test_gradients_are_differences(options):
+    """By finite differences, of sequences among which one has no keys and one more keys than queries."""
+    inputs, sequences = packed_inputs(([3, 2, 1], [3, 0, 4]), (2, 1, 4))
+    if options.get("return_lse"):  # of a row that sees nothing it is -inf
+        inputs, sequences = packed_inputs(([3, 1], [3, 4]), (2, 1, 4))
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, **sequences, **options), inputs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (4, 4), "softcap": 3.0}], ids=str)
 def test_no_worse_than_pytorch(dtype, options, no_worse, poisoned):

@@ -1,4 +1,4 @@
-"""Attention on the CPU: Python face of csrc/cpu/attention.cpp. Equation: reference/attention.py.
+"""Attention on the CPU: Python face of csrc/cpu/attention_*.cpp. Equation: reference/attention.py.
 
 q, o: [B, S, H, D] or [T, H, D]; k, v: [B, S', H', D] or [T', H', D]; lse: float32, q's shape without D. Any strides;
 results are contiguous, but rows of lse are adjacent in memory. float32, bfloat16 or float16, all computed in float32.

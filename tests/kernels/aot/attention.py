@@ -21,9 +21,9 @@ def variant(kernel, arch, kind, D, block_m, block_n, warps, stages):
 
     from fastft_kernels.triton._attention_config import parts
 
-    module = "attention" if kernel == "forward" else "attention_backward"
-    module = f"fastft_kernels.triton.{module}"
     function = "dkdv_kernel" if kernel in ("dkdv", "dk", "dv") else f"{kernel}_kernel"
+    file = {"forward_kernel": "attention", "dkdv_kernel": "_attention_dkdv", "dq_kernel": "_attention_dq"}[function]
+    module = f"fastft_kernels.triton.{file}"
     names = getattr(importlib.import_module(module), function).arg_names
     D0, D1 = parts(D, 4 if kind == "float" else 2)
     constants = {
