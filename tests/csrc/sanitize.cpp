@@ -18,6 +18,7 @@
 #include "cpu/gated_activation.h"
 #include "cpu/gelu.h"
 #include "cpu/layer_norm.h"
+#include "cpu/lora.h"
 #include "cpu/nf4.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rope.h"
@@ -130,6 +131,7 @@ void case_dropout(DType dtype) {
     Buffer x(n, size_of(dtype), true), y(n, size_of(dtype), false);
     dropout(x.as<void>(), y.as<void>(), n, 6554, 1.1f, 3, dtype, 2);
     dropout(x.as<void>(), x.as<void>(), n, 6554, 1.0f, -3, dtype, 2);
+    lora_apply_mask(x.as<void>(), y.as<void>(), n, 3, 6554, dtype, 2);
   }
 }
 
