@@ -15,7 +15,7 @@ demo: .venv/installed
 
 # A file of tests runs in one process, as many files at once as there are cores.
 test: lint
-	$(BIN)/pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

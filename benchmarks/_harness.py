@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import os
 import platform
 import random
@@ -19,6 +20,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+LEAST_ROUNDS = 3
+
+
+def multiplied_dtype():
+    """The half precision that models are trained in here: bfloat16 where the device multiplies it, else float32."""
+    return torch.bfloat16 if torch.cuda.is_available() or _has_bf16() else torch.float32
 
 
 @dataclass
@@ -33,16 +40,20 @@ class Runs:
     """what the side returned"""
 
 
-def measure(sides, rounds, *, warmup=2, seed=0, between=None):
+def measure(sides, rounds, *, warmup=2, seed=0, between=None, seconds=None):
     """{name: Runs} of `sides` {name: f(round number)}: every round runs each side once, in an order drawn anew.
 
     A round's number stands for its input, the same for all sides. The first `warmup` rounds are not recorded.
-    between: called with the number before each side, and not timed.
+    between: called with the number before each side, and not timed. seconds: when they are over, no round begins but the
+    first three that are recorded.
     """
     runs = {name: Runs() for name in sides}
     order = list(sides)
     shuffle = random.Random(seed).shuffle
+    end = time.perf_counter() + (math.inf if seconds is None else seconds)
     for number in range(warmup + rounds):
+        if number >= warmup + LEAST_ROUNDS and time.perf_counter() > end:
+            break
         shuffle(order)
         for name in order:
             if between is not None:
@@ -111,8 +122,7 @@ def ceilings(toy=False):
     x = torch.ones(elements, device=device)
     y = torch.empty_like(x)
     found = {"copy_bytes_per_s": 2 * x.nbytes / min(timed(y.copy_, x)[0] for _ in range(5))}
-    native = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    for dtype in (torch.float32, torch.bfloat16) if native else (torch.float32,):  # emulated, it would take minutes
+    for dtype in {torch.float32: 0, multiplied_dtype(): 0}:  # emulated, bfloat16 would take minutes
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         name = f"{str(dtype).removeprefix('torch.')}_flop_per_s"
         found[name] = 2 * size**3 / min(timed(torch.mm, a, b)[0] for _ in range(5))
@@ -127,7 +137,7 @@ def machine():
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "native_bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        "native_bf16": _has_bf16(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "allocator": Path(os.environ.get("LD_PRELOAD", "")).name or " ".join(platform.libc_ver()),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -188,6 +198,10 @@ def write_result(result, folder=RESULTS):
 def _wait():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def _has_bf16():
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _cpu_model():

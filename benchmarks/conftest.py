@@ -4,9 +4,11 @@ The sides of an op take turns inside one group; `side` is the parameter that nam
 pytest-benchmark's session round by round, from where they go into the result.
 """
 
+import functools
+
 import pytest
 
-from benchmarks._harness import ceilings, new_result, write_result
+from benchmarks._harness import ceilings, measure, new_result, write_result
 from benchmarks.report import render
 
 RESULT = pytest.StashKey[dict]()
@@ -18,6 +20,12 @@ def pytest_addoption(parser):
         "--full", action="store_true", help="benchmarks: the large grid and the rivals that compile for minutes"
     )
     parser.addoption("--rounds", type=int, default=10, help="benchmarks: pairs to measure (default: 10)")
+    parser.addoption(
+        "--seconds",
+        type=float,
+        default=3.0,
+        help="benchmarks: an op begins no more pairs after so many seconds, but for the first three (default: 3)",
+    )
     parser.addoption("--results", metavar="FOLDER", help="benchmarks: keep the result as <machine>-<date>.json there")
 
 
@@ -29,6 +37,13 @@ def pytest_configure(config):
 def result(request):
     """The session's result; a benchmark puts what it measured under `jobs`, `ablations` or `scaling`."""
     return request.config.stash[RESULT]
+
+
+@pytest.fixture(scope="session")
+def compare(request):
+    """compare(sides, warmup=2, between=None) -> {side: Runs} of an op, as long as the options say."""
+    rounds, seconds = (request.config.getoption(option) for option in ("--rounds", "--seconds"))
+    return functools.partial(measure, rounds=rounds, seconds=seconds)
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -62,7 +62,7 @@ def ablation(request, tmp_path_factory, result):
         batches = bench.batches(2 + rounds)
     prepared = {name: [side.prepare(batch) for batch in batches] for name, side in sides.items()}
     steps = {name: lambda n, name=name: sides[name].step(prepared[name][n]) for name in sides}
-    runs = measure(steps, rounds)
+    runs = measure(steps, min(rounds, 6), warmup=1)
     for name in sides:
         runs[name]["peak_bytes"] = peak_bytes(lambda name=name: steps[name](0))
     result["ablations"][job.name] = runs

@@ -16,7 +16,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks._harness import Replay, measure, speedup
+from benchmarks._harness import Replay, speedup
 from fastft.optim import AdamW, AdamW8bit, Lion8bit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,10 +78,10 @@ def sides_state(optimizer, weight):
 
 
 @pytest.fixture(scope="module")
-def runs(request):
+def runs(request, compare):
     toy = request.config.getoption("--toy")
     sides = sides_of(1000 if toy else PARAMETERS, toy)
-    return measure(sides, request.config.getoption("--rounds"), warmup=2)
+    return compare(sides, warmup=2)
 
 
 @pytest.mark.parametrize("side", SIDES)

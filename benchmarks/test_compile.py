@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastft
-from benchmarks._harness import Replay, measure, speedup
+from benchmarks._harness import Replay, measure, multiplied_dtype, speedup
 
 SIDES = ["eager", "compiled", "fastft", "fastft_compiled"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,7 +27,6 @@ replay = Replay()
 def sides_of(full, toy):
     """{side: f(round)}."""
     hidden, layers, vocabulary, rows, length = (32, 1, 64, 2, 16) if toy else (512, 4, 32_000, 2, 512)
-    native = DEVICE == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=8 * hidden // 3 // 8 * 8,
@@ -38,7 +37,7 @@ def sides_of(full, toy):
         use_cache=False,
     )
     torch.manual_seed(0)
-    plain = LlamaForCausalLM(config).to(DEVICE, torch.bfloat16 if native else torch.float32).train()
+    plain = LlamaForCausalLM(config).to(DEVICE, multiplied_dtype()).train()
     patched = copy.deepcopy(plain)
     fastft.patch(patched, verbose=False)
     ids = torch.randint(vocabulary, (rows, length), device=DEVICE)

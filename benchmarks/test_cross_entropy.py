@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks._harness import Replay, measure, speedup
+from benchmarks._harness import Replay, speedup
 from fastft.ops import cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,10 +59,10 @@ def sides_of(rows, vocabulary, dtype, toy):
 
 
 @pytest.fixture(scope="module")
-def runs(request):
+def runs(request, compare):
     toy = request.config.getoption("--toy")
     sides, renew = sides_of(*((8, 64) if toy else (ROWS, VOCABULARY)), request.param, toy)
-    return measure(sides, request.config.getoption("--rounds"), warmup=3, between=renew)
+    return compare(sides, warmup=3, between=renew)
 
 
 @pytest.mark.parametrize("side", SIDES)

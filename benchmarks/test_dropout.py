@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import fastft
-from benchmarks._harness import Replay, measure, speedup
+from benchmarks._harness import Replay, speedup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(8192, 4096)] if DEVICE == "cuda" else [(2048, 384), (2048, 1024), (2048, 4096)]
@@ -34,9 +34,9 @@ def sides_of(shape, toy):
 
 
 @pytest.fixture(scope="module")
-def runs(request):
+def runs(request, compare):
     toy = request.config.getoption("--toy")
-    return measure(sides_of((8, 64) if toy else request.param, toy), request.config.getoption("--rounds"), warmup=3)
+    return compare(sides_of((8, 64) if toy else request.param, toy), warmup=3)
 
 
 @pytest.mark.parametrize("side", SIDES)

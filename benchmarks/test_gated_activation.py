@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastft
-from benchmarks._harness import Replay, measure, speedup
+from benchmarks._harness import Replay, speedup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(8192, 4096), (8192, 14336)] if DEVICE == "cuda" else [(2048, 384), (2048, 1024), (2048, 4096)]
@@ -57,11 +57,11 @@ def sides_of(op, shape, dtype, toy):
 
 
 @pytest.fixture(scope="module")
-def runs(request):
+def runs(request, compare):
     op, shape, dtype = request.param
     toy = request.config.getoption("--toy")
     sides = sides_of(OPS[op], (8, 64) if toy else shape, dtype, toy)
-    return measure(sides, request.config.getoption("--rounds"), warmup=3)
+    return compare(sides, warmup=3)
 
 
 CASES = [(op, shape, torch.bfloat16) for op in OPS for shape in SHAPES]

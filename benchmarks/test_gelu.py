@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastft
-from benchmarks._harness import Replay, measure, speedup
+from benchmarks._harness import Replay, speedup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(8192, 4096), (8192, 14336)] if DEVICE == "cuda" else [(2048, 384), (2048, 1024), (2048, 4096)]
@@ -61,11 +61,11 @@ def sides_of(approximate, shape, dtype, toy):
 
 
 @pytest.fixture(scope="module")
-def runs(request):
+def runs(request, compare):
     approximate, shape, dtype = request.param
     toy = request.config.getoption("--toy")
     sides = sides_of(approximate, (8, 64) if toy else shape, dtype, toy)
-    return measure(sides, request.config.getoption("--rounds"), warmup=3)
+    return compare(sides, warmup=3)
 
 
 CASES = [(approximate, shape, torch.bfloat16) for approximate in APPROXIMATIONS for shape in SHAPES]

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks._harness import Replay, measure, speedup
+from benchmarks._harness import Replay, multiplied_dtype, speedup
 from fastft.ops import linear_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,12 +39,13 @@ def products(hidden, weight, g):
 def sides_of(vocabulary, head, toy):
     """{side: f(round)}."""
     rows, size = (32, 16) if toy else (ROWS, HIDDEN)
-    hidden = torch.randn(rows, size, device=DEVICE).bfloat16().requires_grad_()
-    weight = (torch.randn(vocabulary, size, device=DEVICE) * size**-0.5).bfloat16().requires_grad_(head == "trained")
+    dtype = multiplied_dtype()
+    hidden = torch.randn(rows, size, device=DEVICE).to(dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, size, device=DEVICE) * size**-0.5).to(dtype).requires_grad_(head == "trained")
     labels = torch.randint(vocabulary, (rows,), device=DEVICE)
     labels[torch.randperm(rows, device=DEVICE)[: rows // 2]] = -100
     leaves = [leaf for leaf in (hidden, weight) if leaf.requires_grad]
-    g = torch.randn(rows, vocabulary, device=DEVICE).bfloat16()
+    g = torch.randn(rows, vocabulary, device=DEVICE).to(dtype)
 
     def run(function):
         return lambda _: torch.autograd.grad(function(hidden, weight, labels), leaves)
@@ -55,9 +56,7 @@ def sides_of(vocabulary, head, toy):
         sides["compiled"] = run(torch.compile(eager))
     for ours, theirs in zip(sides["fastft"](0), sides["eager"](0), strict=True):
         error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
-        assert error < 4 * torch.finfo(torch.bfloat16).eps, (
-            f"fastft differs from eager by {error:.1e}: nothing is timed"
-        )
+        assert error < 4 * torch.finfo(dtype).eps, f"fastft differs from eager by {error:.1e}: nothing is timed"
     sides["products"] = lambda _: products(hidden, weight, g)
     # What a side returns would be kept for the result: tensors are dropped instead.
     return {name: lambda number, side=side: (side(number), None)[1] for name, side in sides.items()}
@@ -86,11 +85,13 @@ def _status(name):
 
 
 @pytest.fixture(scope="module")
-def runs(request):
+def runs(request, compare):
     vocabulary, head = request.param
-    toy = request.config.getoption("--toy")
+    toy, full = (request.config.getoption(option) for option in ("--toy", "--full"))
+    if vocabulary != VOCABULARIES[0] and not full:
+        pytest.skip(f"a vocabulary of {vocabulary:,} is measured with --full only")
     sides = sides_of(64 if toy else vocabulary, head, toy)
-    runs = measure(sides, request.config.getoption("--rounds"), warmup=1)
+    runs = compare(sides, warmup=1)
     return {name: run | {"peak_mb": peak_mb(sides[name])} for name, run in runs.items()}
 
 
@@ -105,7 +106,7 @@ def test_linear_cross_entropy(request, benchmark, runs, side):
     if side not in runs:
         pytest.skip(f"{side} is not measured here")
     size = "toy" if request.config.getoption("--toy") else f"{ROWS} x {HIDDEN} x {vocabulary}"
-    benchmark.group = f"linear_cross_entropy {size}, bfloat16, {head} head, half the labels ignored"
+    benchmark.group = f"linear_cross_entropy {size}, {multiplied_dtype()}, {head} head, half the labels ignored"
     benchmark.extra_info["speedup_of_fastft"] = speedup(runs[side]["wall"], runs["fastft"]["wall"])
     benchmark.extra_info["peak_mb"] = runs[side]["peak_mb"]
     replay(benchmark, runs[side]["wall"])

@@ -5,8 +5,8 @@
     fastft      the same modules, patched: fastft.ops.lora_group for q, k, v, lora_linear for o, lora_mlp
     frozen      the seven frozen products and SwiGLU alone, the floor
 
-Seven linear layers (q, k, v, o, gate, up, down) of 2048 tokens in bf16, forward and backward, rank 16, without attention
-between them: q + k + v goes into o. The sides take turns; each test replays the times of its side for the table.
+Seven linear layers (q, k, v, o, gate, up, down) of 2048 tokens, forward and backward, rank 16, without attention between
+them: q + k + v goes into o. The sides take turns; each test replays the times of its side for the table.
 """
 
 import pytest
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from benchmarks._harness import Replay, measure, speedup
+from benchmarks._harness import Replay, multiplied_dtype, speedup
 from fastft import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,13 +30,13 @@ replay = Replay()
 def block(hidden, inner, dropout):
     shapes = [(hidden, hidden)] * 4 + [(hidden, inner)] * 2 + [(inner, hidden)]
     layers = [nn.Linear(*shape, bias=False) for shape in shapes]
-    model = nn.ModuleDict(dict(zip(NAMES, layers, strict=True))).to(DEVICE, torch.bfloat16)
+    model = nn.ModuleDict(dict(zip(NAMES, layers, strict=True))).to(DEVICE, multiplied_dtype())
     config = LoraConfig(r=RANK, lora_alpha=32, lora_dropout=dropout, target_modules=NAMES, init_lora_weights=False)
     inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:
-            parameter.data = (torch.randn(parameter.shape, device=DEVICE) * parameter.shape[1] ** -0.5 / 4).bfloat16()
+            parameter.data = torch.randn_like(parameter) * parameter.shape[1] ** -0.5 / 4
     return model.train()
 
 
@@ -73,7 +73,7 @@ def sides_of(hidden, inner, dropout, tokens):
     for name, parameter in wide.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
-    x = torch.randn(tokens, hidden, device=DEVICE).bfloat16().requires_grad_()
+    x = torch.randn(tokens, hidden, device=DEVICE).to(multiplied_dtype()).requires_grad_()
     dy = torch.randn_like(x, requires_grad=False)
     functions = {
         "peft": by_layers(lambda name, x: model[name](x)),
@@ -97,11 +97,13 @@ def sides_of(hidden, inner, dropout, tokens):
 
 
 @pytest.fixture(scope="module")
-def runs(request):
+def runs(request, compare):
     (hidden, inner), dropout = request.param
-    toy = request.config.getoption("--toy")
+    toy, full = (request.config.getoption(option) for option in ("--toy", "--full"))
+    if (hidden, inner) != SHAPES[0] and not full:
+        pytest.skip(f"{hidden} x {inner} is measured with --full only")
     sides = sides_of(32, 48, dropout, 16) if toy else sides_of(hidden, inner, dropout, TOKENS)
-    return measure(sides, request.config.getoption("--rounds"), warmup=1)
+    return compare(sides, warmup=1)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -115,6 +117,6 @@ def runs(request):
 def test_lora(request, benchmark, runs, side):
     (hidden, inner), dropout = request.node.callspec.params["runs"]
     size = "toy" if request.config.getoption("--toy") else f"{TOKENS} x {hidden} ({inner})"
-    benchmark.group = f"lora block {size}, dropout {dropout}, forward and backward"
+    benchmark.group = f"lora block {size}, {multiplied_dtype()}, dropout {dropout}, forward and backward"
     benchmark.extra_info["speedup_of_fastft"] = speedup(runs[side]["wall"], runs["fastft"]["wall"])
     replay(benchmark, runs[side]["wall"])

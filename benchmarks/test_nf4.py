@@ -23,7 +23,7 @@ import torch
 
 import fastft
 from benchmarks import test_lora
-from benchmarks._harness import Replay, measure, speedup
+from benchmarks._harness import Replay, multiplied_dtype, speedup
 from fastft import ops
 from fastft.nn import Linear4bit
 
@@ -106,18 +106,20 @@ def stepping(hidden, inner, dtype, tokens):
 
 
 @pytest.fixture(scope="module")
-def read_runs(request):
+def read_runs(request, compare):
     toy = request.config.getoption("--toy")
     shape = (64, 96) if toy else (4096, 14336) if DEVICE == "cuda" else (4096, 4096)
-    return measure(reading(shape, request.param), request.config.getoption("--rounds"), warmup=3)
+    return compare(reading(shape, request.param), warmup=3)
 
 
 @pytest.fixture(scope="module")
-def step_runs(request):
+def step_runs(request, compare):
     (hidden, inner), dtype = request.param
-    toy = request.config.getoption("--toy")
+    toy, full = (request.config.getoption(option) for option in ("--toy", "--full"))
+    if (hidden, inner) != test_lora.SHAPES[0] and not full:
+        pytest.skip(f"{hidden} x {inner} is measured with --full only")
     sides = stepping(32, 48, dtype, 16) if toy else stepping(hidden, inner, dtype, test_lora.TOKENS)
-    return measure(sides, request.config.getoption("--rounds"), warmup=1)
+    return compare(sides, warmup=1)
 
 
 @pytest.mark.parametrize("side", READ_SIDES)
@@ -132,7 +134,7 @@ def test_reading(request, benchmark, read_runs, side):
     replay(benchmark, read_runs[side]["wall"])
 
 
-CASES = [(shape, dtype) for shape in test_lora.SHAPES for dtype in DTYPES]
+CASES = [(shape, multiplied_dtype()) for shape in test_lora.SHAPES]
 
 
 @pytest.mark.parametrize("side", STEP_SIDES)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import fastft
-from benchmarks._harness import Replay, measure, speedup
+from benchmarks._harness import Replay, speedup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(8192, 4096), (16384, 8192)] if DEVICE == "cuda" else [(768, 512), (2048, 4096)]
@@ -62,11 +62,11 @@ def sides_of(shape, dtype, direction, toy):
 
 
 @pytest.fixture(scope="module")
-def runs(request):
+def runs(request, compare):
     shape, dtype, direction = request.param
     toy = request.config.getoption("--toy")
     sides = sides_of((8, 64) if toy else shape, dtype, direction, toy)
-    return measure(sides, request.config.getoption("--rounds"), warmup=3)
+    return compare(sides, warmup=3)
 
 
 CASES = [

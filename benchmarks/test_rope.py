@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastft
-from benchmarks._harness import Replay, measure, speedup
+from benchmarks._harness import Replay, speedup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = 8192 if DEVICE == "cuda" else 2048
@@ -58,11 +58,11 @@ def sides_of(tokens, heads, dtype, toy):
 
 
 @pytest.fixture(scope="module")
-def runs(request):
+def runs(request, compare):
     heads, dtype = request.param
     toy = request.config.getoption("--toy")
     sides = sides_of(8 if toy else TOKENS, heads, dtype, toy)
-    return measure(sides, request.config.getoption("--rounds"), warmup=3)
+    return compare(sides, warmup=3)
 
 
 CASES = [(heads, dtype) for heads in HEADS for dtype in (torch.bfloat16, torch.float32)]

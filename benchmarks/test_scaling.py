@@ -56,7 +56,7 @@ def measured(job, rounds):
 @pytest.fixture(scope="module", params=list(CURVES))
 def curve(request, result):
     toy, full = (request.config.getoption(option) for option in ("--toy", "--full"))
-    rounds = min(request.config.getoption("--rounds"), 5)
+    rounds = min(request.config.getoption("--rounds"), 4)
     size = request.param
     values = TOY_CURVES[size] if toy else CURVES[size][full]
     base = replace(_llama.TOY, num_attention_heads=2, num_key_value_heads=1) if toy else BASE

@@ -147,3 +147,55 @@ def examples():
 def collate():
     """collate(model, examples, packing) -> batch."""
     return lambda model, rows, packing: Collator(SimpleNamespace(pad_token_id=1), model.config, packing=packing)(rows)
+
+
+@pytest.fixture
+def padded():
+    """padded(model, examples, side="right"): input_ids and attention_mask of the examples, padded."""
+
+    def make(model, examples, side="right"):
+        rows = [row["input_ids"] for row in examples(model)]
+        longest = max(map(len, rows))
+        pad = lambda row, fill: (
+            [fill] * (longest - len(row)) * (side == "left") + row + [fill] * (longest - len(row)) * (side == "right")
+        )
+        ids = [pad(row, model.config.pad_token_id) for row in rows]
+        return {
+            "input_ids": torch.tensor(ids),
+            "attention_mask": torch.tensor([pad([1] * len(row), 0) for row in rows]),
+        }
+
+    return make
+
+
+@pytest.fixture
+def results():
+    """results(model, batch): logits of the real tokens, and the gradients of a random function of them."""
+
+    def compute(model, batch):
+        model.zero_grad()
+        logits = model(**batch).logits
+        if logits.dim() == 3:
+            logits = logits[batch["attention_mask"].bool()] if "attention_mask" in batch else logits.flatten(0, 1)
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4))
+        (logits * weights).sum().backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    return compute
+
+
+@pytest.fixture
+def assert_close():
+    """assert_close(actual, expected, exact=None) compares what `results` returned.
+
+    exact: the same in float64; then `actual` may be no further from it than `expected` is, but for the tolerance.
+    """
+
+    def check(actual, expected, exact=None):
+        scale = max(x.abs().max() for x in expected[1:]) / 30  # the gradient of a key's bias is 0 but for rounding
+        tolerance = 1e-5 if exact else 2e-5  # either is up to 6e-6 from the same model in float64
+        for x, y, z in zip(actual, expected, exact or expected, strict=True):
+            assert x.shape == y.shape
+            assert (x - z).abs().max() <= (y - z).abs().max() + tolerance * max(y.abs().max(), scale)
+
+    return check
