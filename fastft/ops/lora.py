@@ -2,7 +2,7 @@
 
     lora_linear   y = x Wᵀ + b + scale * drop(x) Aᵀ Bᵀ
     lora_group    several such layers of the same x: q, k and v; gate and up
-    lora_mlp      down(silu(gate(x)) * up(x))
+    lora_mlp      down(act(gate(x)) * up(x))
 
 Low rank first: S = x Aᵀ is taken once for all layers of a group, y = scale * S Bᵀ + b is written once, and the frozen
 product is accumulated into it (cuBLAS and oneDNN: beta = 1). Backward takes dS = scale * dy B once, for dA and dx.

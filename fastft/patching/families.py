@@ -77,6 +77,9 @@ FAMILIES = {
     "t5": Family(prefix="T5", decoder=False, norm_offset=0.0, names={"RMSNorm": "LayerNorm"}, keeps_attention=RELATIVE),
 }
 
+GATES = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""activations of gated MLPs: what transformers calls them -> what fastft.ops.lora_mlp does"""
+
 PACKED_HEADS = ("Model", "ForCausalLM", "ForMaskedLM", "ForTokenClassification", "ForSequenceClassification")
 """Tops that take packed rows: those that work token by token, and sequence classification with fastft's pooling."""
 
@@ -88,6 +91,11 @@ def family_of(config):
 def first_position(config):
     """The position id of a sequence's first token."""
     return config.pad_token_id + 1 if family_of(config).positions_follow_padding else 0
+
+
+def gate_of(config):
+    """The activation of gated MLPs as fastft.ops.lora_mlp calls it, or None of one that it does not compute."""
+    return GATES.get(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None))
 
 
 def layer_class(config, name):

@@ -15,7 +15,7 @@ from torch import nn
 from fastft import ops
 from fastft.nn import Linear4bit
 from fastft.ops import dispatch
-from fastft.patching.families import layer_class
+from fastft.patching.families import gate_of, layer_class
 
 QKV = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
 """What the three layers that read the hidden states are called in attention."""
@@ -47,8 +47,7 @@ def replaceable(inner):
     linears = [m for m in find(inner).values() if _why_not_class(m) is None and m is not head]
     MLP = layer_class(inner.config, "MLP")
     parts = lambda m: [getattr(m, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    is_silu = getattr(inner.config, "hidden_act", None) == "silu"
-    mlps = [m for m in inner.modules() if type(m) is MLP] if is_silu and linears else []
+    mlps = [m for m in inner.modules() if type(m) is MLP] if gate_of(inner.config) and linears else []
     ours = set(linears)
     attentions = [m for m in inner.modules() if ours.issuperset(_qkv(m))] if linears else []
     return linears, [m for m in mlps if all(part in ours for part in parts(m))], attentions
@@ -110,7 +109,7 @@ def mlp(self, x):
     p = _shared_dropout(x, layers)
     if p is None:
         return type(self).forward(self, x)
-    return ops.lora_mlp(x, *map(_parameters, layers), dropout_p=p)
+    return ops.lora_mlp(x, *map(_parameters, layers), activation=gate_of(self.config), dropout_p=p)
 
 
 def why_not(layer):

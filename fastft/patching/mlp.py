@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D, apply_chunking_to_forward
 
 from fastft import ops
 from fastft.ops import dispatch
-from fastft.patching.families import layer_class
+from fastft.patching.families import gate_of, layer_class
 from fastft.patching.layers import bind
 from fastft.patching.lora import is_watched
 
@@ -98,7 +98,7 @@ def why_kept(inner):
         unknown = [getattr(m, act) for m in _plain(inner) if approximation(getattr(m, act)) is None]
         return f"its activation is {type(unknown[0]).__name__}" if unknown else None
     on_cpu = next(inner.parameters()).device.type == "cpu"
-    if on_cpu and dispatch.requested() == "auto" and _activation(inner.config) == "silu":
+    if on_cpu and dispatch.requested() == "auto" and gate_of(inner.config) == "silu":
         return "on a CPU PyTorch's SiLU and product are faster than the kernel"
     return None
 
@@ -118,7 +118,7 @@ def replace(model, inner):
     mlps = [m for m in inner.modules() if type(m) is layer_class(config, "MLP") and "forward" not in m.__dict__]
     if config.model_type == "modernbert":
         return bind([m for m in mlps if approximation(m.act)], modernbert)
-    forward = {"silu": swiglu, "gelu_pytorch_tanh": geglu}.get(_activation(config))
+    forward = {"silu": swiglu, "gelu_tanh": geglu}.get(gate_of(config))
     return bind([m for m in mlps if hasattr(m, "gate_proj")] if forward else [], forward)
 
 
@@ -143,7 +143,3 @@ def _plain(inner):
     name = PLAIN[inner.config.model_type][0]
     MLP = layer_class(inner.config, name) or getattr(sys.modules[type(inner).__module__], name)
     return [m for m in inner.modules() if type(m) is MLP]
-
-
-def _activation(config):
-    return getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)

@@ -167,7 +167,8 @@ CASES = {
     "ops.lora_mlp": (
         ops.lora_mlp,
         lambda: {
-            "x": T(3, 8), "gate": layer(), "up": layer(), "down": layer(3), "dropout_p": 0.1, "seeds": [1, 2, 3],
+            "x": T(3, 8), "gate": layer(), "up": layer(), "down": layer(3), "activation": "gelu", "dropout_p": 0.1,
+            "seeds": [1, 2, 3],
         },
     ),
     "nn.Dropout": (nn.Dropout, lambda: {"p": 0.1}),

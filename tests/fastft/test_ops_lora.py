@@ -19,11 +19,13 @@ def forget_compiled_graphs():
     torch.compiler.reset()
 
 
-@pytest.fixture(params=["auto", "cpp"])
-def backend(request):
+@pytest.fixture(params=["auto", "cpp", "no kernels"])
+def backend(request, monkeypatch):
     if request.param == "cpp" and dispatch.unavailable("cpp"):
         pytest.skip(dispatch.unavailable("cpp"))
-    with fastft.backend(request.param):
+    if request.param == "no kernels":
+        monkeypatch.setattr(dispatch, "unavailable", lambda name: "not here")
+    with fastft.backend("cpp" if request.param == "cpp" else "auto"):
         yield request.param
 
 
@@ -96,8 +98,9 @@ def test_group(backend, no_worse, poisoned, dtype, p):
     compare(no_worse, lambda x, *t: lora_group(x, layers(t), dropout_p=p, seeds=[1, 2, 3]), tensors)
 
 
-def mlp(x, *t, p=0.0):
-    return lora_mlp(x, *((*t[i : i + 4], 0.5) for i in (0, 4, 8)), dropout_p=p, seeds=[1, 2, 3])
+def mlp(x, *t, p=0.0, activation="silu"):
+    layers = ((*t[i : i + 4], 0.5) for i in (0, 4, 8))
+    return lora_mlp(x, *layers, activation=activation, dropout_p=p, seeds=[1, 2, 3])
 
 
 def mlp_tensors(dtype=torch.float32):
@@ -105,10 +108,10 @@ def mlp_tensors(dtype=torch.float32):
     return draw(2, 7, 12, dtype=dtype), *first[0], *first[1], *layer(11, 21, 5, dtype)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(("activation", "p"), [("silu", 0.0), ("silu", 0.1), ("gelu", 0.0), ("gelu_tanh", 0.1)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mlp(backend, no_worse, poisoned, dtype, p):
-    compare(no_worse, lambda *t: mlp(*t, p=p), mlp_tensors(dtype))
+def test_mlp(backend, no_worse, poisoned, dtype, activation, p):
+    compare(no_worse, lambda *t: mlp(*t, p=p, activation=activation), mlp_tensors(dtype))
 
 
 @pytest.mark.parametrize("function", ["linear", "mlp"])
@@ -271,5 +274,7 @@ def test_bad_groups():
         lora_group(x, [one, one], dropout_p=0.1, seeds=[1])
     with pytest.raises(ValueError, match="must have the same shape"):
         lora_mlp(x, one, (*layer(8, 12, 3), 0.5), (*layer(3, 7, 2), 0.5))
+    with pytest.raises(ValueError, match="activation.*relu"):
+        lora_mlp(x, one, one, (*layer(3, 7, 2), 0.5), activation="relu")
     with fastft.backend("triton"), pytest.raises(fastft.BackendError, match="no triton kernel"):
         lora_group(x, [one])

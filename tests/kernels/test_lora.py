@@ -27,7 +27,7 @@ def test_reference_numerically():
     draw = lambda *shape: torch.randn(shape, dtype=torch.float64, requires_grad=True)
     layer = lambda out, columns: (draw(out, columns), draw(out), draw(2, columns), draw(out, 2))
     flat = [draw(3, 4), *layer(5, 4), *layer(5, 4), *layer(4, 5)]
-    run = lambda x, *t: lora_mlp(x, *((*t[i : i + 4], 0.5) for i in (0, 4, 8)), 0.25, (1, 2, 3))
+    run = lambda x, *t: lora_mlp(x, *((*t[i : i + 4], 0.5) for i in (0, 4, 8)), "gelu_tanh", 0.25, (1, 2, 3))
     assert torch.autograd.gradcheck(run, flat)
 
 

@@ -17,6 +17,11 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 def gated_activation(gate, up, activation):
     """y. Differentiable, any number of times."""
+    return activate(gate, activation) * up
+
+
+def activate(gate, activation):
+    """act(gate)."""
     if activation == "silu":
-        return F.silu(gate) * up
-    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
+        return F.silu(gate)
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")

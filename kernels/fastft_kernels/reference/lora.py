@@ -10,6 +10,7 @@ Rounding follows PEFT's lora.Linear: the branch is computed in A's dtype, added 
 import torch.nn.functional as F
 
 from fastft_kernels.reference._philox import drop_threshold, keep_mask
+from fastft_kernels.reference.gated_activation import gated_activation
 
 
 def lora_linear(x, weight, bias, lora_a, lora_b, scale, dropout_p=0.0, seed=None):
@@ -19,10 +20,10 @@ def lora_linear(x, weight, bias, lora_a, lora_b, scale, dropout_p=0.0, seed=None
     return (F.linear(x, weight, bias) + low_rank).to(x.dtype)
 
 
-def lora_mlp(x, gate, up, down, dropout_p=0.0, seeds=(None, None, None)):
-    """down(silu(gate(x)) * up(x)); gate, up, down: (weight, bias, lora_a, lora_b, scale)."""
-    inner = F.silu(lora_linear(x, *gate, dropout_p, seeds[0])) * lora_linear(x, *up, dropout_p, seeds[1])
-    return lora_linear(inner, *down, dropout_p, seeds[2])
+def lora_mlp(x, gate, up, down, activation="silu", dropout_p=0.0, seeds=(None, None, None)):
+    """down(act(gate(x)) * up(x)); gate, up, down: (weight, bias, lora_a, lora_b, scale)."""
+    gate, up = (lora_linear(x, *layer, dropout_p, seed) for layer, seed in zip((gate, up), seeds, strict=False))
+    return lora_linear(gated_activation(gate, up, activation), *down, dropout_p, seeds[2])
 
 
 def apply_mask(x, p, seed):

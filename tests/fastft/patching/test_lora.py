@@ -72,7 +72,7 @@ def test_same_losses_and_gradients(family, peft_model, calls):
     expected = step(model)
     report = fastft.patch(model, verbose=False)
     assert_close(step(model), expected)
-    mlps = 2 if family in ("llama", "qwen2") else 0
+    mlps = 2 if family in ("llama", "qwen2", "gemma2") else 0
     assert calls["lora_mlp"] == mlps and calls["lora_group"] == (0 if family == "phi3" else 2)
     assert calls["lora_linear"] + 3 * (mlps + calls["lora_group"]) == report.replaced["lora"]
     fastft.unpatch(model)
