@@ -187,7 +187,8 @@ def _shown(argument):
 def write_result(result, folder=RESULTS):
     """Writes a result as <machine>-<date>.json and returns the path."""
     facts = result["machine"]
-    name = re.sub(r"[^a-z0-9]+", "-", (facts["gpu"] or f"{facts['cpu']}-{facts['cores']}-cores").lower()).strip("-")
+    machine = facts["gpu"] or f"{facts['cpu']}-{facts['cores']}-cores-{facts['isa']}"
+    name = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{result['date'][:10]}.json"

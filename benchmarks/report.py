@@ -7,31 +7,51 @@ benchmarks/results/<machine>-<date>/.
 import argparse
 import html
 import json
+import re
 import statistics
 from pathlib import Path
 
+from benchmarks import _plots
 from benchmarks._harness import RESULTS, ROOT, machine_line, speedup
 
 README = ROOT / "benchmarks" / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+JOBS = {"sentiment": "Fine-tuning for sentiment", "lora": "Fine-tuning with LoRA"}
+FLOOR = (
+    "A `copy` moves as many bytes as the op must and computes nothing; `frozen` and `products` are its matrix products "
+    "alone. Nothing that does the same work takes less time than its floor; what leaves work out, as the loss does with "
+    "ignored labels, may."
+)
+
+
+def sections(result):
+    """[(title, Markdown, how to plot it: (function, data) or None)] of one result, in the order of the page."""
+    parts = []
+    for kind, job in result["jobs"].items():
+        markdown = {"sentiment": _sentiment, "lora": _lora}[kind](job, result["machine"])
+        parts.append((JOBS[kind], markdown, (_plots.bars, {"": job["sides"]})))
+    for name, runs in result.get("ablations", {}).items():
+        parts.append((f"What each part brings: {name.split(' ')[0]}", _ablation(name, runs), (_plots.stairs, runs)))
+    if result.get("scaling"):
+        parts.append(("Scaling", _scaling(result["scaling"]), (_plots.curves, result["scaling"])))
+    for title, groups in _tables(result.get("ops", {})):
+        parts.append((title, _ops(groups), (_plots.bars, groups)))
+    if floors := _floors(result.get("ops", {})):
+        parts.append(("How close to the floor", FLOOR, (_plots.shares, floors)))
+    parts.append(("Where and how", _where(result), None))
+    return parts
 
 
 def render(result):
     """Markdown of one result: each job's table, the ops, then where and how it was measured."""
-    parts = []
-    for kind, job in result["jobs"].items():
-        parts.append({"sentiment": _sentiment, "lora": _lora}[kind](job, result["machine"]))
-    parts += [_ablation(name, runs) for name, runs in result.get("ablations", {}).items()]
-    if result.get("scaling"):
-        parts.append(_scaling(result["scaling"]))
-    if result.get("ops"):
-        parts.append(_ops(result["ops"]))
+    return "\n\n".join(markdown for _, markdown, _ in sections(result))
+
+
+def _where(result):
     load = result["machine"]["load"]
     busy = "" if load is None else f", when the load average was {load:.1f}"
-    parts.append(f"`{result['command']}` on {result['date'][:10]}{busy}.\n{machine_line(result['machine'])}.")
-    if result.get("ceilings"):
-        parts[-1] += f"\n{_ceilings(result['ceilings'])}"
-    return "\n\n".join(parts)
+    text = f"`{result['command']}` on {result['date'][:10]}{busy}.\n{machine_line(result['machine'])}."
+    return f"{text}\n{_ceilings(result['ceilings'])}" if result.get("ceilings") else text
 
 
 def _sentiment(job, machine):
@@ -40,7 +60,8 @@ def _sentiment(job, machine):
     rows = [
         f"{job['job']['name']}: {job['job']['batch_size']} sentences ({job['tokens']:.0f} tokens) a step, "
         f"{len(ours['wall'])} rounds. Speed-up: the loop's time over fastft's on the same sentences; median and 95 % "
-        "interval.",
+        "interval. `textbook` pads every sentence to 128 and uses eager attention; `careful` pads to the longest of the batch, "
+        "with SDPA and fused AdamW; `trainer` is transformers' Trainer with the same.",
         "",
         "| loop | weights | positions computed | speed-up of fastft | by CPU time | mean loss |"
         + (" ms per step | sentences/s |" if absolute else ""),
@@ -70,7 +91,8 @@ def _lora(job, machine):
     absolute = machine["gpu"] is not None
     rows = [
         f"{job['job']['name']}: {job['job']['batch_size']} x {job['job']['length']} tokens a step in {job['dtype']}, "
-        f"{len(ours['wall'])} rounds. Memory: the most that a step held above what it held before.",
+        f"{len(ours['wall'])} rounds. `eager`, `careful` (with SDPA) and `trainer` (transformers' Trainer) are transformers "
+        "and PEFT. Memory: the most that a step held above what it held before.",
         "",
         "| loop | speed-up of fastft | by CPU time | memory over fastft's | mean loss |"
         + (" tokens/s | peak MB |" if absolute else ""),
@@ -92,8 +114,9 @@ def _lora(job, machine):
 def _ablation(name, runs):
     first = runs["careful"]
     rows = [
-        f"What each part brings: {name}. Each stage on top of the one before; speed-up over the careful loop, over the "
-        "stage before, and the most memory that a step held above what it held before, over the careful loop's.",
+        f"{name}, a part of fastft at a time. Each stage on top of the one before: `loop` is fastft's training loop around the "
+        "model as it is. Speed-up over the careful loop, over the stage before, and the most memory that a step held above "
+        "what it held before, over the careful loop's.",
         "",
         "| stage | over careful | over the stage before | memory |",
         "|---|---|---|---|",
@@ -136,19 +159,30 @@ def _rate(point):
     return point["tokens"] / statistics.median(point["sides"]["fastft"]["wall"])
 
 
-def _ops(groups):
-    rivals = sorted({side for sides in groups.values() for side in sides} - {"fastft"})
-    rows = [
-        "Single ops: the rival's time over fastft's. A `copy` moves as many bytes as the forward pass must and computes "
-        "nothing, so its ratio, at most 1, is the share of the floor.",
-        "",
-        f"| op | {' | '.join(rivals)} |",
-        f"|---|{'---|' * len(rivals)}",
-    ]
+def _tables(groups):
+    """[(title, {group: sides})]: ops that have the same rivals share a table."""
+    tables = {}
     for group, sides in groups.items():
-        cells = [_interval(sides[rival], sides["fastft"], "wall") if rival in sides else "" for rival in rivals]
-        rows.append(f"| {group} | {' | '.join(cells)} |")
+        tables.setdefault(tuple(sorted(set(sides) - {"fastft"})), {})[group] = sides
+    for members in tables.values():
+        yield f"Single ops: {', '.join(dict.fromkeys(re.split('[ ,]', group)[0] for group in members))}", members
+
+
+def _ops(groups):
+    rivals = [side for side in next(iter(groups.values())) if side != "fastft"]
+    rows = [f"| the rival's time over fastft's | {' | '.join(rivals)} |", f"|---|{'---|' * len(rivals)}"]
+    for group, sides in groups.items():
+        rows.append(f"| {group} | {' | '.join(_interval(sides[rival], sides['fastft'], 'wall') for rival in rivals)} |")
     return "\n".join(rows)
+
+
+def _floors(groups):
+    """{group: share of the floor that fastft reaches} where a floor was measured."""
+    shares = {}
+    for group, sides in groups.items():
+        for floor in set(sides) & set(_plots.FLOORS):
+            shares[f"{group}: {floor}"] = speedup(sides[floor]["wall"], sides["fastft"]["wall"])[0]
+    return shares
 
 
 def _ceilings(found):
@@ -165,118 +199,30 @@ def _interval(theirs, ours, clock):
     return f"{ratio:.2f} ({low:.2f} to {high:.2f})"
 
 
-def plot(result, folder):
-    """PNG plots: bars of every ratio with its interval, for jobs and ops; the stages of the ablations; the scaling curves.
-
-    Returns [(title, path)].
-    """
-    charts = []
-    jobs = {job["job"]["name"]: job["sides"] for job in result["jobs"].values()}
-    for title, name, groups in (
-        ("A step of training: how many times as long the rival takes", "jobs.png", jobs),
-        ("Single ops: how many times as long the rival takes", "ops.png", result.get("ops", {})),
-    ):
-        if groups:
-            charts.append((title, _bars(title, groups, folder / name)))
-    if result.get("ablations"):
-        title = "What each part brings: a step's time over the careful loop's"
-        charts.insert(1, (title, _stairs(title, result["ablations"], folder / "ablation.png")))
-    if result.get("scaling"):
-        title = "Scaling: tokens per second, relative to the careful loop at the first point"
-        charts.insert(2, (title, _curves(title, result["scaling"], folder / "scaling.png")))
-    return charts
-
-
-def _stairs(title, ablations, path):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 0.8 + 2.6 * len(ablations)), layout="constrained")
-    for axes, (name, runs) in zip(figure.subplots(len(ablations), squeeze=False)[:, 0], ablations.items(), strict=True):
-        first = runs["careful"]
-        times = [1 / speedup(first["wall"], run["wall"])[0] for run in runs.values()]
-        axes.barh(range(len(runs)), times, color=["#888888"] + ["#2a7f62"] * (len(runs) - 1), label="time")
-        if first["peak_bytes"]:
-            memory = [run["peak_bytes"] / first["peak_bytes"] for run in runs.values()]
-            axes.plot(memory, range(len(runs)), "D", color="#c08a2b", label="memory")
-        axes.set_yticks(range(len(runs)), list(runs), fontsize=8)
-        axes.invert_yaxis()
-        axes.set_title(name, fontsize=9)
-        axes.legend(fontsize=8, loc="lower right")
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=110)
-    return path
-
-
-def _curves(title, curves, path):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3 * ((len(curves) + 2) // 3)), layout="constrained")
-    grid = figure.subplots((len(curves) + 2) // 3, 3, squeeze=False).flatten()
-    for axes, (size, points) in zip(grid, curves.items(), strict=False):
-        values = [point["value"] for point in points]
-        if "sides" in points[0]:
-            base = points[0]["tokens"] / statistics.median(points[0]["sides"]["careful"]["wall"])
-            for side, colour in (("careful", "#888888"), ("fastft", "#2a7f62")):
-                known = [point for point in points if side in point["sides"]]
-                rates = [p["tokens"] / statistics.median(p["sides"][side]["wall"]) / base for p in known]
-                axes.plot([p["value"] for p in known], rates, "o-", color=colour, label=side)
-            axes.set_xscale("log", base=2)
-            axes.legend(fontsize=8)
-        else:
-            rates = [_rate(point) for point in points]
-            axes.bar([str(value) for value in values], [rate / rates[0] for rate in rates], color="#2a7f62")
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel(size, fontsize=9)
-    for axes in grid[len(curves) :]:
-        axes.set_visible(False)
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=110)
-    return path
-
-
-def _bars(title, groups, path):
-    from matplotlib.figure import Figure
-
-    rows = [
-        (f"{group}: {side}", *speedup(runs["wall"], sides["fastft"]["wall"]))
-        for group, sides in groups.items()
-        for side, runs in sides.items()
-        if side != "fastft"
-    ]
-    figure = Figure(figsize=(10, 1.2 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    for y, (name, ratio, low, high) in enumerate(rows):
-        colour = "#2a7f62" if low > 1 else "#b3423a" if high < 1 else "#888888"
-        colour = "#9fb8d0" if name.endswith(": copy") else colour  # no rival: the floor
-        axes.barh(y, ratio, color=colour, xerr=[[ratio - low], [high - ratio]], error_kw={"ecolor": "#333333"})
-        axes.text(high, y, f"  {ratio:.2f}", va="center", fontsize=8)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel(
-        "the rival's time over fastft's; right of 1 fastft is faster\nlines are 95 % intervals; pale blue is the floor"
-    )
-    axes.set_title(title, fontsize=11)
-    figure.savefig(path, dpi=110)
-    return path
-
-
-def page(result, charts):
-    """One HTML page of a result; the plots lie beside it."""
-    figures = "".join(f'<img src="{path.name}" alt="{html.escape(title)}">' for title, path in charts)
+def page(result, folder):
+    """One HTML page of a result, written with its plots into `folder`."""
+    body = []
+    for number, (title, markdown, plot) in enumerate(sections(result)):
+        body.append(f"<h2>{html.escape(title)}</h2>")
+        if plot is not None:
+            function, data = plot
+            name = f"{number}-{re.sub('[^a-z]+', '-', title.lower())[:40].strip('-')}.png"
+            function(data, folder / name)
+            body.append(f'<img src="{name}" alt="{html.escape(title)}">')
+        body.append(_as_html(markdown))
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>fastft: benchmarks of {result["date"][:10]}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
 table {{ border-collapse: collapse; margin: 1rem 0 }} img {{ max-width: 100%; margin: 1rem 0 }}
 th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .7rem; text-align: left }} th {{ border-color: #888 }}
-code {{ background: #f4f4f4; padding: .1rem .3rem }}
+code {{ background: #f4f4f4; padding: .1rem .3rem }} h2 {{ margin-top: 2.5rem }}
 </style>
 <h1>fastft against its rivals</h1>
-<p>Rival and fastft take turns in one process on the same inputs, and their answers are compared before anything is timed.
-A ratio above 1 means that fastft is faster; in brackets is its 95 % interval. Ratios below 1 stay in.</p>
-{figures}
-{_as_html(render(result))}
+<p>fastft fine-tunes transformers. Here rival and fastft take turns in one process on the same inputs, and their answers are
+compared before anything is timed. A ratio above 1 means that fastft is faster; in brackets is its 95 % interval. Ratios
+below 1 stay in.</p>
+{"".join(body)}
 </html>
 """
 
@@ -329,7 +275,9 @@ def main(argv=None):
     update(args.readme, result)
     folder = args.html or path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.html").write_text(page(result, plot(result, folder)), encoding="utf-8")
+    for old in folder.glob("*.png"):
+        old.unlink()
+    (folder / "report.html").write_text(page(result, folder), encoding="utf-8")
     print(f"{args.readme} and {folder / 'report.html'} show {path.name}")
 
 

@@ -92,14 +92,14 @@ def ranks(request, result, tmp_path_factory):
     toy = request.config.getoption("--toy")
     folder = tmp_path_factory.mktemp("ranks")
     job = _llama.TOY if toy else replace(_llama.Job(), num_hidden_layers=4)
-    arguments = write_run(folder, job, steps=4 if toy else 12)
+    arguments = write_run(folder, job, steps=4 if toy else 8)
     sides = {
         count: lambda number, count=count: train_on(
             count, [*arguments, "--output_dir", str(folder / f"{count}-{number}")]
         )
         for count in (1, 2)
     }
-    runs = measure(sides, 1 if toy else 3, warmup=0)
+    runs = measure(sides, 1 if toy else 2, warmup=0)
     result["scaling"]["ranks"] = [{"value": count, "tokens_per_second": run["values"]} for count, run in runs.items()]
     return runs
 

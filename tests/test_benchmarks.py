@@ -96,8 +96,10 @@ def test_report_replaces_only_what_stands_between_its_marks(session, tmp_path, b
     assert "old numbers" not in text and "| fastft |" in text
     shown = (tmp_path / "html" / "report.html").read_text()
     assert "<td>fastft</td>" in shown and "|---" not in shown
-    for plot in ("jobs.png", "ops.png"):
-        assert f'src="{plot}"' in shown and (tmp_path / "html" / plot).read_bytes().startswith(b"\x89PNG")
+    plots = [*(tmp_path / "html").glob("*.png")]
+    assert len(plots) > 8  # jobs, ablations, scaling, ops, floors
+    for plot in plots:
+        assert f'src="{plot.name}"' in shown and plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_speedup_is_the_median_of_paired_ratios(benchmarks):

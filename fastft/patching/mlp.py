@@ -1,6 +1,6 @@
 """Role `mlp`: the activation of an MLP, gated by a second projection or behind the bias of the first, in one pass.
 
-    gated    down(act(gate(x)) * up(x)), with SiLU or GELU         Llama and its kin, Gemma, ModernBERT
+    gated    down(act(gate(x)) * up(x)), with SiLU or GELU         Llama and its kin, Phi-3, Gemma, ModernBERT
     plain    down(gelu(up(x) + bias))                              BERT and its kin, GPT-2, GPT-NeoX
 
 Of a plain MLP the first product is taken without its bias, which the activation then adds. That happens in the product's
@@ -15,7 +15,6 @@ from transformers import activations
 from transformers.pytorch_utils import Conv1D, apply_chunking_to_forward
 
 from fastft import ops
-from fastft.ops import dispatch
 from fastft.patching.families import gate_of, layer_class
 from fastft.patching.layers import bind
 from fastft.patching.lora import is_watched
@@ -35,6 +34,13 @@ def swiglu(self, x):
 
 def geglu(self, x):
     return self.down_proj(ops.geglu(self.gate_proj(x), self.up_proj(x), approximate="tanh"))
+
+
+def phi3(self, hidden_states):
+    gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+    if gate_of(self.config) == "silu":
+        return self.down_proj(ops.swiglu(gate, up))
+    return self.down_proj(ops.geglu(gate, up, approximate="tanh"))
 
 
 def modernbert(self, hidden_states):
@@ -97,10 +103,12 @@ def why_kept(inner):
         _, _, act, _ = PLAIN[model_type]
         unknown = [getattr(m, act) for m in _plain(inner) if approximation(getattr(m, act)) is None]
         return f"its activation is {type(unknown[0]).__name__}" if unknown else None
-    on_cpu = next(inner.parameters()).device.type == "cpu"
-    if on_cpu and dispatch.requested() == "auto" and gate_of(inner.config) == "silu":
-        return "on a CPU PyTorch's SiLU and product are faster than the kernel"
-    return None
+    mlps = _gated(inner)
+    if not mlps:
+        return "its experts lie in stacked weights"
+    act = getattr(mlps[0], "act", None) or getattr(mlps[0], "act_fn", None) or mlps[0].activation_fn
+    is_known = approximation(act) is not None if model_type == "modernbert" else gate_of(inner.config) is not None
+    return None if is_known else f"its activation is {type(act).__name__}"
 
 
 def replace(model, inner):
@@ -115,11 +123,9 @@ def replace(model, inner):
                 bind([first], product)
                 first.fastft_activates = True
         return bind(mlps, forward)
-    mlps = [m for m in inner.modules() if type(m) is layer_class(config, "MLP") and "forward" not in m.__dict__]
-    if config.model_type == "modernbert":
-        return bind([m for m in mlps if approximation(m.act)], modernbert)
-    forward = {"silu": swiglu, "gelu_tanh": geglu}.get(gate_of(config))
-    return bind([m for m in mlps if hasattr(m, "gate_proj")] if forward else [], forward)
+    forwards = {"modernbert": modernbert, "phi3": phi3}
+    forward = forwards.get(config.model_type) or {"silu": swiglu, "gelu_tanh": geglu}[gate_of(config)]
+    return bind([m for m in _gated(inner) if "forward" not in m.__dict__], forward)
 
 
 def approximation(activation):
@@ -137,6 +143,11 @@ def _activated(first, activation, x):
     if type(first) in (nn.Linear, Conv1D) and hasattr(first, "fastft_activates") and not is_watched(first):
         return first(x, approximate=approximate)
     return ops.gelu(first(x), approximate=approximate)
+
+
+def _gated(inner):
+    MLP = layer_class(inner.config, "MLP")
+    return [m for m in inner.modules() if type(m) is MLP]
 
 
 def _plain(inner):

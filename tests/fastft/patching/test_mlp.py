@@ -10,15 +10,13 @@ from fastft_kernels.cpp import extension
 
 @pytest.mark.skipif(extension.missing is not None, reason=str(extension.missing))
 def test_gated_mlps(tiny, examples, padded, results, assert_close):
-    """SwiGLU on a CPU is replaced only where its kernel was asked for, for PyTorch's is faster; Gemma's GEGLU always."""
-    assert "faster" in fastft.patch(tiny("llama"), verbose=False).kept["mlp"]
-    for family, name in (("llama", "cpp"), ("gemma2", "auto")):
+    """SwiGLU, of two projections or of the halves of one, and Gemma's GEGLU."""
+    for family in ("llama", "phi3", "gemma2"):
         model = tiny(family)
         batch = padded(model, examples)
         expected = results(model, batch)
-        with fastft.backend(name):
-            assert fastft.patch(model, verbose=False).replaced["mlp"] == 2
-            assert_close(results(model, batch), expected)
+        assert fastft.patch(model, verbose=False).replaced["mlp"] == 2
+        assert_close(results(model, batch), expected)
 
 
 PLAIN_MLPS = ["bert", "roberta", "xlm-roberta", "deberta-v2", "distilbert", "gpt2", "gpt_neox"]
@@ -92,10 +90,13 @@ def test_adapters_on_the_product_of_an_mlp(
     assert not any(hasattr(m, "fastft_activates") or "forward" in m.__dict__ for m in merged.modules())
 
 
-def test_activations_that_are_not_gelu_are_kept(tiny, examples):
+def test_mlps_that_are_kept(tiny, examples):
     for family, settings, reason in (
         ("bert", {"hidden_act": "relu"}, "its activation is ReLU"),
         ("gpt2", {"activation_function": "quick_gelu"}, "its activation is QuickGELUActivation"),
+        ("llama", {"hidden_act": "relu"}, "its activation is ReLU"),
+        ("phi3", {"hidden_act": "gelu"}, "its activation is GELU"),
+        ("mixtral", {}, "its experts lie in stacked weights"),
         ("t5", {}, "its activation, mostly ReLU, has a dropout"),
     ):
         report = fastft.patch(tiny(family, **settings), verbose=False)
