@@ -28,10 +28,7 @@ def bars(groups, path):
     axes.axvline(1, color="black", linewidth=0.8)
     axes.margins(x=0.1)  # for the numbers
     _rows(axes, [name for name, *_ in rows])
-    axes.set_xlabel(
-        "the rival's time over fastft's; right of 1 fastft is faster (pale: its own other way); lines are 95 % intervals",
-        fontsize=9,
-    )
+    axes.set_xlabel("the rival's time over fastft's", fontsize=9)
     figure.savefig(path, dpi=110)
 
 

@@ -216,12 +216,13 @@ def page(result, folder):
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
 table {{ border-collapse: collapse; margin: 1rem 0 }} img {{ max-width: 100%; margin: 1rem 0 }}
 th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .7rem; text-align: left }} th {{ border-color: #888 }}
+td:not(:first-child) {{ white-space: nowrap }}
 code {{ background: #f4f4f4; padding: .1rem .3rem }} h2 {{ margin-top: 2.5rem }}
 </style>
 <h1>fastft against its rivals</h1>
 <p>fastft fine-tunes transformers. Here rival and fastft take turns in one process on the same inputs, and their answers are
-compared before anything is timed. A ratio above 1 means that fastft is faster; in brackets is its 95 % interval. Ratios
-below 1 stay in.</p>
+compared before anything is timed. A ratio above 1 means that fastft is faster; in brackets, and as lines in the plots, is its
+95 % interval. Green is faster, red slower, grey neither for certain, pale green another way that fastft itself has.</p>
 {"".join(body)}
 </html>
 """
