@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastft.ops.linear import native
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LEAST_ROUNDS = 3
@@ -25,7 +27,7 @@ LEAST_ROUNDS = 3
 
 def multiplied_dtype():
     """The half precision that models are trained in here: bfloat16 where the device multiplies it, else float32."""
-    return torch.bfloat16 if torch.cuda.is_available() or _has_bf16() else torch.float32
+    return torch.bfloat16 if torch.cuda.is_available() or native(torch.bfloat16) else torch.float32
 
 
 @dataclass
@@ -122,7 +124,7 @@ def ceilings(toy=False):
     x = torch.ones(elements, device=device)
     y = torch.empty_like(x)
     found = {"copy_bytes_per_s": 2 * x.nbytes / min(timed(y.copy_, x)[0] for _ in range(5))}
-    for dtype in {torch.float32: 0, multiplied_dtype(): 0}:  # emulated, bfloat16 would take minutes
+    for dtype in dict.fromkeys((torch.float32, multiplied_dtype())):  # emulated, bfloat16 would take minutes
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         name = f"{str(dtype).removeprefix('torch.')}_flop_per_s"
         found[name] = 2 * size**3 / min(timed(torch.mm, a, b)[0] for _ in range(5))
@@ -137,7 +139,7 @@ def machine():
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "native_bf16": _has_bf16(),
+        "native_bf16": native(torch.bfloat16),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "allocator": Path(os.environ.get("LD_PRELOAD", "")).name or " ".join(platform.libc_ver()),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -199,10 +201,6 @@ def write_result(result, folder=RESULTS):
 def _wait():
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _has_bf16():
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _cpu_model():

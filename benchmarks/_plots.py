@@ -14,20 +14,20 @@ FLOORS = ("copy", "frozen", "products")
 def bars(groups, path):
     """Ratios with their intervals. groups: {name: {side: runs}}."""
     rows = [
-        (f"{group}: {side}" if group else side, *speedup(runs["wall"], sides["fastft"]["wall"]))
+        (group, side, *speedup(runs["wall"], sides["fastft"]["wall"]))
         for group, sides in groups.items()
         for side, runs in sides.items()
         if side not in ("fastft", *FLOORS)
     ]
     figure, axes = _figure(len(rows))
-    for y, (name, ratio, low, high) in enumerate(rows):
+    for y, (_, side, ratio, low, high) in enumerate(rows):
         colour = OURS if low > 1 else WORSE if high < 1 else THEIRS
-        colour = KIN if "fastft " in name or "fastft," in name else colour  # another way that fastft has
+        colour = KIN if side.startswith("fastft") else colour  # another way that fastft has
         axes.barh(y, ratio, color=colour, xerr=[[ratio - low], [high - ratio]], error_kw={"ecolor": "#333333"})
         axes.text(high, y, f"  {ratio:.2f}", va="center", fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.margins(x=0.1)  # for the numbers
-    _rows(axes, [name for name, *_ in rows])
+    _rows(axes, [f"{group}: {side}" if group else side for group, side, *_ in rows])
     axes.set_xlabel("the rival's time over fastft's", fontsize=9)
     figure.savefig(path, dpi=110)
 
