@@ -28,19 +28,12 @@ APPROXIMATIONS = {  # transformers has five ways to write two functions
 }
 
 
-def swiglu(self, x):
-    return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
-
-
-def geglu(self, x):
-    return self.down_proj(ops.geglu(self.gate_proj(x), self.up_proj(x), approximate="tanh"))
+def gated(self, x):
+    return self.down_proj(_gate(self.config, self.gate_proj(x), self.up_proj(x)))
 
 
 def phi3(self, hidden_states):
-    gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-    if gate_of(self.config) == "silu":
-        return self.down_proj(ops.swiglu(gate, up))
-    return self.down_proj(ops.geglu(gate, up, approximate="tanh"))
+    return self.down_proj(_gate(self.config, *self.gate_up_proj(hidden_states).chunk(2, dim=-1)))
 
 
 def modernbert(self, hidden_states):
@@ -123,8 +116,7 @@ def replace(model, inner):
                 bind([first], product)
                 first.fastft_activates = True
         return bind(mlps, forward)
-    forwards = {"modernbert": modernbert, "phi3": phi3}
-    forward = forwards.get(config.model_type) or {"silu": swiglu, "gelu_tanh": geglu}[gate_of(config)]
+    forward = {"modernbert": modernbert, "phi3": phi3}.get(config.model_type, gated)
     return bind([m for m in _gated(inner) if "forward" not in m.__dict__], forward)
 
 
@@ -133,6 +125,10 @@ def approximation(activation):
     if type(activation) is nn.GELU:
         return activation.approximate
     return APPROXIMATIONS.get(type(activation))
+
+
+def _gate(config, gate, up):
+    return ops.swiglu(gate, up) if gate_of(config) == "silu" else ops.geglu(gate, up, approximate="tanh")
 
 
 def _activated(first, activation, x):
