@@ -56,7 +56,14 @@ FASTFT_INLINE void write_roots(const Code& code, const float* roots, float top, 
   narrow_codes(wide, size, codes);
 }
 
-// Calls body.block(piece, offset in the tensor, size) for each block of the pieces.
+// The gradient as floats: where it lies, or widened into `scratch`.
+FASTFT_INLINE const float* floats(const void* from, DType dtype, int64_t offset, int size, float* scratch) {
+  if (dtype == DType::float32) return static_cast<const float*>(from) + offset;
+  widen_row(from, dtype, offset, size, 1.0f, scratch);
+  return scratch;
+}
+
+// Calls body.block(piece, offset in the tensor, size) for each block of the pieces; the size of a whole block is a constant.
 template <int kFields, class Body>
 struct ForBlocks {
   const TensorList<kFields>& tensors;
@@ -65,8 +72,9 @@ struct ForBlocks {
   FASTFT_INLINE void operator()(int64_t begin, int64_t end) const {
     for (int64_t number = begin; number < end; ++number) {
       const auto piece = tensors.piece(number);
-      for (int64_t j = 0; j < piece.size; j += kQuantBlock)
-        body.block(piece, piece.begin + j, static_cast<int>(std::min<int64_t>(kQuantBlock, piece.size - j)));
+      int64_t j = 0;
+      for (; j + kQuantBlock <= piece.size; j += kQuantBlock) body.block(piece, piece.begin + j, kQuantBlock);
+      if (j < piece.size) body.block(piece, piece.begin + j, static_cast<int>(piece.size - j));
     }
   }
 };
@@ -85,23 +93,24 @@ struct AdamW8bit {
     float* m_absmax = piece.at<float>(5) + from / kQuantBlock;
     uint8_t* v_codes = piece.at<uint8_t>(6) + from;
     float* v_absmax = piece.at<float>(7) + from / kQuantBlock;
-    alignas(64) float g[kQuantBlock], m[kQuantBlock], roots[kQuantBlock], next_w[kQuantBlock];
+    alignas(64) float scratch[kQuantBlock], m[kQuantBlock], roots[kQuantBlock], next_w[kQuantBlock];
     alignas(64) int32_t m_wide[kQuantBlock], v_wide[kQuantBlock];
-    widen_row(piece.at<void>(2), grad_dtype, from, size, 1.0f, g);
+    const float* g = floats(piece.at<void>(2), grad_dtype, from, size, scratch);
     widen_codes<typename Code::Signed>(m_codes, size, m_wide);
     widen_codes<uint8_t>(v_codes, size, v_wide);
     const AdamWStep s = step;
     const Code c = code;
     const float m_scale = *m_absmax, v_scale = *v_absmax;
-    uint32_t top = 0;
-#pragma omp simd reduction(max : top)
+    uint32_t m_bits = 0, v_bits = 0;
+#pragma omp simd reduction(max : m_bits, v_bits)
     for (int j = 0; j < size; ++j) {
       float next_m = c.read_widened(m_wide[j], m_scale), next_v = c.read_unsigned(v_wide[j], v_scale);
       next_w[j] = adamw_element(w[j], g[j], next_m, next_v, roots[j], s);
       m[j] = next_m;
-      top = larger(top, bits_of(next_v));
+      m_bits = larger(m_bits, bits_of(next_m) & 0x7fffffffu);
+      v_bits = larger(v_bits, bits_of(next_v));
     }
-    float v_top = float_of(top);
+    float m_top = float_of(m_bits), v_top = float_of(v_bits);
     if (v_top < kLargestMoment && s.eps > 0.0f) {
 #pragma omp simd
       for (int j = 0; j < size; ++j) w[j] = next_w[j];
@@ -113,9 +122,10 @@ struct AdamW8bit {
         m[j] = next_m;
         v_top = std::max(v_top, next_v);
       }
+      m_top = largest(m, size);
     }
     if (void* copy = piece.at<void>(3)) narrow_row(w, size, 1.0f, copy, copy_dtype, from);
-    write_signed(c, m, largest(m, size), size, m_codes, m_absmax);
+    write_signed(c, m, m_top, size, m_codes, m_absmax);
     write_roots(c, roots, v_top, size, v_codes, v_absmax);
   }
 };
@@ -130,9 +140,9 @@ struct Lion8bit {
     float* w = piece.at<float>(1) + from;
     uint8_t* codes = piece.at<uint8_t>(4) + from;
     float* absmax = piece.at<float>(5) + from / kQuantBlock;
-    alignas(64) float g[kQuantBlock], m[kQuantBlock];
+    alignas(64) float scratch[kQuantBlock], m[kQuantBlock];
     alignas(64) int32_t wide[kQuantBlock];
-    widen_row(piece.at<void>(2), grad_dtype, from, size, 1.0f, g);
+    const float* g = floats(piece.at<void>(2), grad_dtype, from, size, scratch);
     widen_codes<typename Code::Signed>(codes, size, wide);
     const AdamWStep s = step;
     const Code c = code;
