@@ -180,7 +180,7 @@ class Bench:
             side.model.eval()
             loss = side.loss(side.prepare(batch))
             side.backward(loss)
-            norms = [p.grad.norm() for p in side.model.parameters() if p.grad is not None]
+            norms = [p.grad.to_dense().norm() for p in side.model.parameters() if p.grad is not None]
             found[name] = {"loss": loss.item(), "gradient_norm": torch.stack(norms).norm().item()}
         for name in found:
             for what, expected in found["careful"].items():

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from transformers import get_scheduler
 
-from fastft.optim import AdamW, AdamW8bit, Lion8bit, Replicated, parameter_groups
+from fastft.optim import AdamW, AdamW8bit, Lion8bit, Replicated, parameter_groups, use_row_gradients
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,8 @@ def build_engine(model, args, config, dtype, total_steps):
     if not is_lion:
         hyper["eps"] = args.adam_epsilon
     if stage == 0:
+        if optimizer_class in (AdamW, AdamW8bit) and next(model.parameters()).device.type == "cpu":
+            use_row_gradients(model)
         optimizer = replicated(optimizer_class)(
             groups,
             **hyper,

@@ -21,24 +21,28 @@ struct AdamW {
     for (int64_t number = begin; number < end; ++number) {
       const Tensors::Piece piece = tensors.piece(number);
       float* w = piece.at<float>(1) + piece.begin;
-      const G* g = piece.at<G>(2) + piece.begin;
+      const G* g = piece.at<G>(2);
       C* copy = piece.at<C>(3);
       float* m = piece.at<float>(4) + piece.begin;
       float* v = piece.at<float>(5) + piece.begin;
-      if (copy == nullptr)
-        update<false>(w, g, copy, m, v, piece.size);
+      if (g != nullptr && copy != nullptr)
+        update<true, true>(w, g + piece.begin, copy + piece.begin, m, v, piece.size);
+      else if (g != nullptr)
+        update<true, false>(w, g + piece.begin, copy, m, v, piece.size);
+      else if (copy != nullptr)
+        update<false, true>(w, g, copy + piece.begin, m, v, piece.size);
       else
-        update<true>(w, g, copy + piece.begin, m, v, piece.size);
+        update<false, false>(w, g, copy, m, v, piece.size);
     }
   }
 
-  template <bool HasCopy>
+  template <bool HasGradient, bool HasCopy>
   FASTFT_INLINE void update(float* w, const G* g, C* copy, float* m, float* v, int64_t size) const {
     const AdamWStep s = step;
 #pragma omp simd
     for (int64_t j = 0; j < size; ++j) {
       float root;
-      w[j] = adamw_element(w[j], widen(g[j]), m[j], v[j], root, s);
+      w[j] = adamw_element(w[j], HasGradient ? widen(g[j]) : 0.0f, m[j], v[j], root, s);
       if (HasCopy) narrow(w[j], copy[j]);
     }
   }

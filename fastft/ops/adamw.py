@@ -32,15 +32,20 @@ _KERNELS8 = {"reference": reference8bit} | dispatch.register("adamw8bit", triton
 
 
 def adamw(params, grads, masters, ms, vs, *, lr, betas, eps, weight_decay, step, grad_divisor=1.0):
-    """One step of AdamW. masters: the float32 weights of low-precision params, or None where params are float32."""
+    """One step of AdamW. masters: the float32 weights of low-precision params, or None where params are float32.
+
+    grads: dense, or all of them coalesced sparse float32 tensors of rows; the C++ kernel reads those as they are.
+    """
     if not params:
         return
     if params[0].device.type == "cuda" and dispatch.requested() == "auto":
         return _torch_fused(params, grads, masters, ms, vs, lr, betas, eps, weight_decay, step, grad_divisor)
     backend = dispatch.choose("adamw", params[0], grads[0])
     scalars = reference.scalars(lr, *betas, eps, weight_decay, step, grad_divisor)
-    with _Contiguous(params, grads, masters) as (weights, grads, copies):
-        _KERNELS[backend].adamw(weights, grads, copies, ms, vs, scalars)
+    by_rows = grads[0].is_sparse and backend == "cpp"
+    with _Contiguous(params, grads if by_rows else _dense_all(grads), masters) as (weights, grads, copies):
+        kernels = _KERNELS[backend]
+        (kernels.adamw_by_rows if by_rows else kernels.adamw)(weights, grads, copies, ms, vs, scalars)
 
 
 def adamw8bit(params, grads, masters, states, *, lr, betas, eps, weight_decay, step, code, grad_divisor=1.0):
@@ -49,7 +54,7 @@ def adamw8bit(params, grads, masters, states, *, lr, betas, eps, weight_decay, s
         return
     backend = _backend8(params[0], grads[0])
     scalars = reference.scalars(lr, *betas, eps, weight_decay, step, grad_divisor)
-    with _Contiguous(params, grads, masters) as (weights, grads, copies):
+    with _Contiguous(params, _dense_all(grads), masters) as (weights, grads, copies):
         _KERNELS8[backend].adamw8bit(weights, grads, copies, *states, scalars, _maps(code, params[0].device))
 
 
@@ -68,14 +73,14 @@ def lion8bit(params, grads, masters, states, *, lr, betas, weight_decay, code, g
     backend = _backend8(params[0], grads[0])
     beta1, beta2 = betas
     scalars = (1 / grad_divisor, 1 - lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2, lr, 1.0, 0.0)
-    with _Contiguous(params, grads, masters) as (weights, grads, copies):
+    with _Contiguous(params, _dense_all(grads), masters) as (weights, grads, copies):
         _KERNELS8[backend].lion8bit(weights, grads, copies, *states, scalars, _maps(code, params[0].device))
 
 
 def lion(params, grads, masters, ms, *, lr, betas, weight_decay, grad_divisor=1.0):
     """One step of Lion with a float32 moment, in plain PyTorch: for the small tensors of groups that keep float32 state."""
     for i, p in enumerate(params):
-        w, m, g = p if masters is None else masters[i], ms[i], grads[i].float() / grad_divisor
+        w, m, g = p if masters is None else masters[i], ms[i], grads[i].to_dense().float() / grad_divisor
         w.mul_(1 - lr * weight_decay).sub_((m * betas[0] + g * (1 - betas[0])).sign(), alpha=lr)
         m.mul_(betas[1]).add_(g, alpha=1 - betas[1])
         if masters is not None:
@@ -97,9 +102,13 @@ def dequantize8(codes, absmax, numel, *, signed, code):
 
 
 def global_norm(tensors):
-    """The Euclidean norm of all elements of all tensors, a 0-d float64 tensor. One pass; the tensors may differ in dtype."""
+    """The Euclidean norm of all elements of all tensors, a 0-d float64 tensor. One pass; the tensors may differ in dtype.
+
+    A sparse tensor is coalesced.
+    """
     by_dtype = {}
     for t in tensors:
+        t = t._values() if t.is_sparse else t
         by_dtype.setdefault(t.dtype, []).append(t if _dense(t) else t.contiguous())
     total = torch.zeros((), dtype=torch.float64, device=tensors[0].device if tensors else None)
     for group in by_dtype.values():
@@ -111,6 +120,10 @@ def global_norm(tensors):
     return total.sqrt()
 
 
+def _dense_all(grads):
+    return [g.to_dense() if g.is_sparse else g for g in grads]
+
+
 def _dense(t):
     """Whether the elements of t fill one piece of memory, in whatever order."""
     return t.is_contiguous() or (t.dim() > 1 and t.mT.is_contiguous())
@@ -120,7 +133,7 @@ class _Contiguous:
     """Context: (weights, gradients, copies) that kernels can take; parameters of another layout are copied back at its end."""
 
     def __init__(self, params, grads, masters):
-        self.params, self.grads = params, [g if g.is_contiguous() else g.contiguous() for g in grads]
+        self.params, self.grads = params, [g if g.is_sparse or g.is_contiguous() else g.contiguous() for g in grads]
         self.dense = [p if p.is_contiguous() else p.contiguous() for p in params]
         self.masters = masters
 
@@ -149,7 +162,7 @@ def _torch_fused(params, grads, masters, ms, vs, lr, betas, eps, weight_decay, s
     weights = params if masters is None else masters
     torch._fused_adamw_(
         weights,
-        [g.float() for g in grads],
+        [g.to_dense().float() for g in grads],
         ms,
         vs,
         [],

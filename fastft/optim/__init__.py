@@ -5,6 +5,7 @@ AdamW8bit, Lion8bit   the same with moments in 8 bits: 2.03 (1.02) bytes of stat
 Replicated...         each of them for parameters that every rank holds whole (ZeRO stage 0): one `step()` sums the
                       gradients over ranks, clips them, and leaves everything untouched when they are not finite.
 parameter_groups      which parameters are decayed, and which keep float32 moments.
+use_row_gradients     embedding tables whose gradients are rows, for which no dense tensor is filled.
 """
 
 from fastft.optim.adamw import AdamW
@@ -18,8 +19,9 @@ from fastft.optim.replicated import (
     average_over_ranks,
     buckets,
 )
+from fastft.optim.row_gradients import use_row_gradients
 
 __all__ = [
     "AdamW", "AdamW8bit", "Lion8bit", "Replicated", "ReplicatedAdamW", "ReplicatedAdamW8bit", "ReplicatedLion8bit",
-    "average_over_ranks", "buckets", "parameter_groups",
+    "average_over_ranks", "buckets", "parameter_groups", "use_row_gradients",
 ]  # fmt: skip

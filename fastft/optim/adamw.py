@@ -8,6 +8,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fastft.ops import adamw as ops
 from fastft.ops import checks
+from fastft.optim import row_gradients
 
 # What a group of an 8-bit optimizer says of its state: settled when it is made, and the same where the state is loaded.
 FIXED = ("state_bits", "code", "block_size", "format")
@@ -46,18 +47,17 @@ class Fused(torch.optim.Optimizer):
         return loss
 
     def _update(self, grads, grad_divisor=1.0):
-        """One step from {parameter: gradient of any float dtype}; every gradient is divided by `grad_divisor`."""
+        """One step from {parameter: gradient of any float dtype, dense or of rows}, each divided by `grad_divisor`."""
         for group in self.param_groups:
             alike = {}  # what one call of a kernel takes: tensors of one device, dtype and step
             for p in group["params"]:
                 if p not in grads:
                     continue
-                if grads[p].is_sparse:
-                    raise ValueError(f"{type(self).__name__} takes dense gradients, and this one is sparse")
+                grad = row_gradients.summed(grads[p]) if grads[p].is_sparse else grads[p]
                 state = self._state(p, group)
                 state["step"] += 1
-                key = p.device, p.dtype, grads[p].dtype, state["step"]
-                alike.setdefault(key, []).append((p, grads[p], state))
+                key = p.device, p.dtype, grad.dtype, grad.layout, state["step"]
+                alike.setdefault(key, []).append((p, grad, state))
             for (*_, step), members in alike.items():
                 params, gradients, states = map(list, zip(*members, strict=True))
                 masters = [state["master"] for state in states] if "master" in states[0] else None

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 
 from fastft.ops.adamw import global_norm
+from fastft.optim import row_gradients
 from fastft.optim.adamw import AdamW
 from fastft.optim.adamw8bit import AdamW8bit, Lion8bit
 
@@ -59,7 +60,7 @@ class Replicated:
 
     def _accumulate(self, p):
         if p in self._sums:
-            self._sums[p] += p.grad
+            self._sums[p] += p.grad.float()
         else:
             self._sums[p] = p.grad.float()
         p.grad = None
@@ -92,14 +93,17 @@ class ReplicatedLion8bit(Replicated, Lion8bit):
 def average_over_ranks(grads):
     """{parameter: gradient or None} -> the mean over ranks, without the parameters that no rank has a gradient for.
 
-    Summed in fp32, in buckets. A rank that has none for a parameter, because its tokens never met that expert, counts as zero.
+    Summed in fp32, in buckets; row gradients one by one. A rank that has none for a parameter, because its tokens never met
+    that expert, counts as zero.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return {p: g for p, g in grads.items() if g is not None}
-    present = torch.tensor([g is not None for g in grads.values()], dtype=torch.uint8, device=next(iter(grads)).device)
-    dist.all_reduce(present, op=dist.ReduceOp.MAX)
-    averaged = {}
-    for bucket in buckets([p for p, there in zip(grads, present.tolist(), strict=True) if there]):
+        return {p: row_gradients.summed(g) if g.is_sparse else g for p, g in grads.items() if g is not None}
+    kinds = [0 if g is None else 2 if g.is_sparse else 1 for g in grads.values()]
+    kinds = torch.tensor(kinds, dtype=torch.uint8, device=next(iter(grads)).device)
+    dist.all_reduce(kinds, op=dist.ReduceOp.MAX)
+    kinds = dict(zip(grads, kinds.tolist(), strict=True))
+    averaged = {p: row_gradients.averaged_over_ranks(grads[p], p) for p, kind in kinds.items() if kind == 2}
+    for bucket in buckets([p for p, kind in kinds.items() if kind == 1]):
         zero = lambda p: torch.zeros(p.numel(), dtype=torch.float32, device=p.device)
         flat = torch.cat([zero(p) if grads[p] is None else grads[p].reshape(-1).float() for p in bucket])
         dist.all_reduce(flat)

@@ -34,10 +34,12 @@ def main(cases_file, out_dir):
 
     from fastft.arguments import Arguments
     from fastft.engine import leave
+    from fastft.optim import row_gradients
     from fastft.train import train
 
     for name, case in json.loads(Path(cases_file).read_text()).items():
         undo = poison(*case.pop("poison")) if "poison" in case else lambda: None
+        row_gradients.MIN_ELEMENTS = case.pop("min_elements_of_row_gradients", 2**20)
         try:
             args = Arguments(**{"report_to": ["none"], "logging_steps": 1, **case})
             results = train(args)

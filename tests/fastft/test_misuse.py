@@ -245,6 +245,7 @@ CASES = {
     "optim.parameter_groups": (
         optim.parameter_groups, lambda: {"model": torch.nn.Linear(4, 4), "weight_decay": 0.1, "state_bits": 8}
     ),
+    "optim.use_row_gradients": (optim.use_row_gradients, lambda: {"model": torch.nn.Linear(4, 4)}),
 }  # fmt: skip
 
 # What stands for itself: an error, and what the engine builds from the classes above

@@ -150,10 +150,10 @@ def test_bad_tensors():
     p.grad = torch.ones_like(p)
     with pytest.raises(ValueError, match="float64; it must be float32, bfloat16 or float16"):
         AdamW8bit([p]).step()
-    table = torch.nn.Embedding(4, 3, sparse=True)
-    table(torch.tensor([1])).sum().backward()
-    with pytest.raises(ValueError, match="sparse"):
-        AdamW8bit(table.parameters()).step()
+    p = torch.zeros(4, 3, requires_grad=True)
+    p.grad = torch.eye(4, 3).to_sparse()
+    with pytest.raises(ValueError, match="of rows.* has 2 sparse dimensions"):
+        AdamW8bit([p]).step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -40,6 +40,8 @@ def outcomes(launch, arguments, tmp_path_factory):
         "checkpointing": {"gradient_checkpointing": True, "zero_stage": 3},
         "lora-checkpointing": {"gradient_checkpointing": True, "zero_stage": 3, **lora},
         "offload": {"zero_stage": 2, "offload_optimizer": "cpu"},
+        "row-gradients": {"min_elements_of_row_gradients": 0},
+        "row-gradients-bf16": {"min_elements_of_row_gradients": 0, "bf16": True},
         "too-many-ranks": {"max_train_samples": 1},
         "nan": {"poison": [8, 1], "max_steps": 8},
         "nan-zero2-bf16": {"poison": [8, 1], "max_steps": 8, "zero_stage": 2, "bf16": True},
@@ -80,9 +82,13 @@ def test_stages_agree(outcomes, kind, relative, stage):
     agree(losses(outcomes[f"{kind}-zero{stage}"]), losses(outcomes[f"{kind}-zero0"]), relative)
 
 
-@pytest.mark.parametrize("case", ["micro4", "padded", "checkpointing", "offload"])
+@pytest.mark.parametrize("case", ["micro4", "padded", "checkpointing", "offload", "row-gradients"])
 def test_how_a_step_is_computed_does_not_change_it(outcomes, case):
     agree(losses(outcomes[case]), losses(outcomes["fp32-zero0"]), 1e-4)
+
+
+def test_row_gradients_in_bf16(outcomes):
+    agree(losses(outcomes["row-gradients-bf16"]), losses(outcomes["bf16-zero0"]), 5e-3)
 
 
 def test_lora_with_checkpointing_under_zero3(outcomes):

@@ -17,6 +17,34 @@ def adamw(weights, grads, copies, ms, vs, scalars):
     update(C.adamw, weights, grads, copies, (ms, vs), scalars)
 
 
+def adamw_by_rows(weights, grads, copies, ms, vs, scalars):
+    """The same for tables whose gradients are coalesced sparse float32 tensors of rows; no dense gradient is made."""
+    numbers, threads = array("f", scalars), torch.get_num_threads()
+    for w, grad, copy, m, v in zip(weights, grads, copies, ms, vs, strict=True):
+        values = grad.values().contiguous()
+        spans = _spans(grad.indices()[0], values, w, copy, m, v)
+        copy_dtype = torch.float32 if copy is None else copy.dtype
+        arguments = spans.data_ptr(), len(spans), numbers.buffer_info()[0], DTYPES[torch.float32], DTYPES[copy_dtype]
+        C.adamw(*arguments, threads)
+
+
+def _spans(read, values, *tables):
+    """A table as rows of addresses, in its own order: what lies before a row that was read, that row, ..., what is left.
+
+    The order matters: 20 % of the time where the rows that were read came first, because memory is then not read in a line.
+    """
+    before = torch.cat([read.new_zeros(1), read + 1])
+    first = torch.stack([before[:-1], read], 1).flatten()
+    first = torch.cat([first, before[-1:]])
+    sizes = torch.cat([first[1:], first.new_tensor([len(tables[0])])]) - first
+    width = values.shape[1:].numel()
+    gradient = torch.zeros_like(first)
+    gradient[1::2] = address(values) + 4 * width * torch.arange(len(read))
+    at = lambda table: torch.zeros_like(first) if table is None else address(table) + table.itemsize * width * first
+    w, *others = map(at, tables)
+    return torch.stack([width * sizes, w, gradient, *others], 1)
+
+
 def square_sum(tensors):
     rows = array("q", [x for t in tensors for x in (t.numel(), t.data_ptr())])
     total = torch.zeros((), dtype=torch.float64)
