@@ -8,7 +8,7 @@ BUILT_FROM := pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint matrix families reliability bench clean
+.PHONY: demo test lint matrix families reliability bench numbers clean
 
 demo: .venv/installed
 	$(BIN)/deepspeed --quiet fastft/train.py
@@ -35,6 +35,11 @@ reliability: .venv/installed-test
 
 bench: .venv/installed-test
 	$(BIN)/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
+
+# Every number of README.md and benchmarks/README.md, of this machine: an hour and a half on two cores.
+numbers: .venv/installed-test
+	$(BIN)/pytest benchmarks --benchmark-only --full --results benchmarks/results $(PYTEST_ARGS)
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf .venv build dist *.egg-info kernels/fastft_kernels/_C.*.so .pytest_cache .ruff_cache

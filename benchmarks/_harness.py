@@ -174,6 +174,7 @@ def new_result():
         "ops": {},
         "ablations": {},
         "scaling": {},
+        "accuracies": [],
     }
 
 

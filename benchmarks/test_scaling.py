@@ -19,10 +19,10 @@ from benchmarks._harness import ROOT, Replay, measure, peak_bytes, speedup
 replay = Replay()
 BASE = replace(_llama.Job(), batch_size=2, length=256, num_hidden_layers=4)
 CURVES = {
-    "length": ([128, 512, 2048], [128, 512, 2048, 8192, 32768]),  # by default, with --full
-    "batch_size": ([1, 4, 16], [1, 4, 16, 64]),
-    "lora_r": ([4, 16, 64], [1, 4, 16, 64, 256]),
-    "hidden_size": ([256, 512, 1024], [256, 512, 1024, 2048]),
+    "length": ([128, 1024], [128, 512, 2048, 8192]),  # by default, with --full
+    "batch_size": ([1, 4], [1, 4, 16, 64]),
+    "lora_r": ([4, 64], [1, 4, 16, 64, 256]),
+    "hidden_size": ([256, 512], [256, 512, 1024, 2048]),
 }
 TOY_CURVES = {"length": [8, 16], "batch_size": [1, 2], "lora_r": [2, 4], "hidden_size": [16, 32]}
 
@@ -33,7 +33,7 @@ def job_of(base, size, value):
     return replace(base, **{size: value})
 
 
-def measured(job, rounds):
+def measured(job, rounds, compare_steps):
     """{side: runs with peak_bytes}; a side that has no room for its step is left out."""
     bench = _llama.Bench(job)
     sides = {"careful": bench.hugging_face("sdpa"), "fastft": bench.fastft()}
@@ -47,14 +47,14 @@ def measured(job, rounds):
             if "memory" not in str(error):
                 raise
             del steps[name]
-    runs = measure(steps, rounds, warmup=1)
+    runs = compare_steps(steps, most=rounds, warmup=1)
     for name in steps:
         runs[name]["peak_bytes"] = peak_bytes(lambda name=name: steps[name](0))
     return runs
 
 
 @pytest.fixture(scope="module", params=list(CURVES))
-def curve(request, result):
+def curve(request, compare_steps, result):
     toy, full = (request.config.getoption(option) for option in ("--toy", "--full"))
     rounds = min(request.config.getoption("--rounds"), 4)
     size = request.param
@@ -63,7 +63,9 @@ def curve(request, result):
     points = []
     for value in values:
         job = job_of(base, size, value)
-        points.append({"value": value, "tokens": job.batch_size * job.length, "sides": measured(job, rounds)})
+        points.append(
+            {"value": value, "tokens": job.batch_size * job.length, "sides": measured(job, rounds, compare_steps)}
+        )
     result["scaling"][size] = points
     return size, points
 
@@ -89,7 +91,7 @@ def ranks(request, result, tmp_path_factory):
 
     if torch.cuda.is_available() and torch.cuda.device_count() < 2:
         pytest.skip("two ranks need two GPUs")
-    toy = request.config.getoption("--toy")
+    toy, full = (request.config.getoption(option) for option in ("--toy", "--full"))
     folder = tmp_path_factory.mktemp("ranks")
     job = _llama.TOY if toy else replace(_llama.Job(), num_hidden_layers=4)
     arguments = write_run(folder, job, steps=4 if toy else 8)
@@ -99,7 +101,7 @@ def ranks(request, result, tmp_path_factory):
         )
         for count in (1, 2)
     }
-    runs = measure(sides, 1 if toy else 2, warmup=0)
+    runs = measure(sides, 3 if full else 1, warmup=0)
     result["scaling"]["ranks"] = [{"value": count, "tokens_per_second": run["values"]} for count, run in runs.items()]
     return runs
 

@@ -4,10 +4,17 @@ The loops alternate while they are measured, once for the module; each test then
 pytest-benchmark's table. The ratios, which pair the loops round by round, follow at the end.
 """
 
+import ctypes.util
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 from benchmarks import _llama, _sentiment, _trainer
-from benchmarks._harness import Replay, speedup
+from benchmarks._harness import ROOT, Replay, speedup
+from benchmarks.conftest import step_limits
 
 replay = Replay()
 
@@ -19,7 +26,7 @@ def sides(request, tmp_path_factory, result):
         job = _sentiment.toy_job(tmp_path_factory.mktemp("toy")) if toy else _sentiment.sst2_job()
     except FileNotFoundError as error:
         pytest.skip(f"{error} (--toy needs nothing)")
-    result["jobs"]["sentiment"] = _sentiment.run(job, request.config.getoption("--rounds"))
+    result["jobs"]["sentiment"] = _sentiment.run(job, *step_limits(request.config))
     return result["jobs"]["sentiment"]["sides"]
 
 
@@ -33,10 +40,38 @@ def test_sentiment(benchmark, sides, side):
 
 
 @pytest.fixture(scope="module")
+def jemalloc_sides(request, tmp_path_factory, result):
+    """The sentiment job once more, all loops under jemalloc, in a process of its own."""
+    if not request.config.getoption("--full"):
+        pytest.skip("jemalloc is measured with --full only")
+    library = ctypes.util.find_library("jemalloc")
+    if library is None:
+        pytest.skip("jemalloc is not installed")
+    out = tmp_path_factory.mktemp("jemalloc") / "job.json"
+    command = [sys.executable, "-m", "benchmarks._sentiment", str(request.config.getoption("--rounds")), str(out)]
+    env = {**os.environ, "LD_PRELOAD": library}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if "is missing" in done.stderr:
+        pytest.skip("the model or the data is missing")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result["jobs"]["sentiment_jemalloc"] = json.loads(out.read_text())
+    return result["jobs"]["sentiment_jemalloc"]["sides"]
+
+
+@pytest.mark.benchmark(group="sentiment under jemalloc: a step of training", timer=replay.clock)
+@pytest.mark.parametrize("side", _sentiment.SIDES)
+def test_sentiment_jemalloc(benchmark, jemalloc_sides, side):
+    if side not in jemalloc_sides:
+        pytest.skip(_trainer.why_not())
+    benchmark.extra_info["speedup_of_fastft"] = speedup(jemalloc_sides[side]["wall"], jemalloc_sides["fastft"]["wall"])
+    replay(benchmark, jemalloc_sides[side]["wall"])
+
+
+@pytest.fixture(scope="module")
 def lora_sides(request, result):
     toy, full = (request.config.getoption(option) for option in ("--toy", "--full"))
     job = _llama.TOY if toy else _llama.Job()
-    result["jobs"]["lora"] = _llama.run(job, request.config.getoption("--rounds"), full)
+    result["jobs"]["lora"] = _llama.run(job, *step_limits(request.config), full)
     return result["jobs"]["lora"]["sides"]
 
 

@@ -90,7 +90,12 @@ def test_report_replaces_only_what_stands_between_its_marks(session, tmp_path, b
 
     readme = tmp_path / "README.md"
     readme.write_text("# before\n<!-- results: begin -->\nold numbers\n<!-- results: end -->\nafter\n")
-    report.main([str(session[2]), "--readme", str(readme), "--html", str(tmp_path / "html")])
+    summary = tmp_path / "SUMMARY.md"
+    summary.write_text(readme.read_text())
+    report.main([str(session[2]), "--readme", str(readme), "--summary", str(summary), "--html", str(tmp_path / "html")])
+    short = summary.read_text()
+    assert short.startswith("# before\n") and "| LoRA, transformers and PEFT with SDPA |" in short
+    assert "| a tiny random BERT on generated sentences | careful |" in short
     text = readme.read_text()
     assert text.startswith("# before\n") and text.endswith("\nafter\n")
     assert "old numbers" not in text and "| fastft |" in text
