@@ -4,12 +4,14 @@ eager      transformers and PEFT as they come, eager attention, fused AdamW, cli
 careful    the same with SDPA
 trainer    the careful model in transformers' Trainer, where accelerate is installed
 compiled   the same under torch.compile; with --full only, for it compiles for minutes
+liger      the same with Liger's kernels, on GPUs, where it is installed; not run yet, for want of one
 fastft     what `fastft train --use_peft true` does: packed rows, patched layers, its optimizer in the DeepSpeed engine
 
 All start from the same random weights, in the dtype that fastft chooses here. Sequences are equally long, so packing gains
 nothing: this job shows the kernels alone.
 """
 
+import importlib.util
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 
@@ -27,7 +29,7 @@ from fastft.models import add_lora
 from fastft.tasks import get_task
 from fastft.train import to_device
 
-SIDES = ("eager", "careful", "trainer", "compiled", "fastft")
+SIDES = ("eager", "careful", "trainer", "compiled", "liger", "fastft")
 WARMUP = 2  # rounds
 PAD = 0
 
@@ -78,6 +80,8 @@ def run(job, rounds, seconds=None, full=False):
     sides = {"eager": bench.hugging_face("eager"), "careful": bench.hugging_face("sdpa")}
     if full:
         sides["compiled"] = bench.hugging_face("sdpa", compiled=True)
+    if why_not_liger() is None:
+        sides["liger"] = bench.hugging_face("sdpa", liger=True)
     sides["fastft"] = bench.fastft()
     batches = [bench.batch(number) for number in range(WARMUP + rounds)]
     prepared = {name: [side.prepare(batch) for batch in batches] for name, side in sides.items()}
@@ -95,6 +99,13 @@ def run(job, rounds, seconds=None, full=False):
         "tokens": job.batch_size * job.length,
         "sides": runs,
     }
+
+
+def why_not_liger():
+    """Why Liger cannot run here; None if it can."""
+    if not torch.cuda.is_available():
+        return "Liger's kernels need a GPU"
+    return None if importlib.util.find_spec("liger_kernel") else "Liger is not installed"
 
 
 class Bench:
@@ -138,8 +149,8 @@ class Bench:
                 torch.nn.init.normal_(parameter, std=0.02)
         return model.to(self.device).train()
 
-    def hugging_face(self, attention, dtype=None, compiled=False):
-        return HuggingFace(self, attention, dtype or self.dtype, compiled)
+    def hugging_face(self, attention, dtype=None, **options):
+        return HuggingFace(self, attention, dtype or self.dtype, **options)
 
     def fastft(self, dtype=None, **stage):
         return Fastft(self, dtype or self.dtype, **stage)
@@ -165,9 +176,13 @@ class Bench:
 class HuggingFace:
     """A plain PyTorch loop over transformers and PEFT."""
 
-    def __init__(self, bench, attention, dtype, compiled):
+    def __init__(self, bench, attention, dtype, compiled=False, liger=False):
         self.bench = bench
         self.model = bench.model(attention, dtype)
+        if liger:
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+            _apply_liger_kernel_to_instance(model=self.model.get_base_model())
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=bench.job.learning_rate, fused=True)
         self.call = torch.compile(self.model) if compiled else self.model

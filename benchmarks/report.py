@@ -31,6 +31,7 @@ RIVALS = {
     "lora": {
         "careful": "LoRA, transformers and PEFT with SDPA",
         "compiled": "LoRA, the same under torch.compile",
+        "liger": "LoRA, the same with Liger's kernels",
         "eager": "LoRA, transformers and PEFT with eager attention",
         "trainer": "LoRA, transformers' Trainer with PEFT and SDPA",
     },

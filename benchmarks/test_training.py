@@ -79,6 +79,7 @@ def lora_sides(request, result):
 @pytest.mark.parametrize("side", _llama.SIDES)
 def test_lora(benchmark, lora_sides, side):
     if side not in lora_sides:
-        pytest.skip(_trainer.why_not() if side == "trainer" else f"{side} is measured with --full only")
+        reasons = {"trainer": _trainer.why_not(), "liger": _llama.why_not_liger()}
+        pytest.skip(reasons.get(side) or f"{side} is measured with --full only")
     benchmark.extra_info["speedup_of_fastft"] = speedup(lora_sides[side]["wall"], lora_sides["fastft"]["wall"])
     replay(benchmark, lora_sides[side]["wall"])
