@@ -180,7 +180,7 @@ class HuggingFace:
         self.bench = bench
         self.model = bench.model(attention, dtype)
         if liger:
-            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+            from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
             _apply_liger_kernel_to_instance(model=self.model.get_base_model())
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
