@@ -202,7 +202,8 @@ def attention(
         _check_packed(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_lengths)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     device = q.device.type
-    if checks.autocasts(device):
+    is_autocast = checks.autocasts(device)
+    if is_autocast:
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     backend = dispatch.choose("attention", q, k, v, scale)
     if dropout_p and seed is None:
@@ -221,8 +222,10 @@ def attention(
         seed if dropout_p else None,
         return_lse,
     )
-    run = _op if torch.compiler.is_compiling() else _forward if backend == "reference" else _Attention.apply
-    with torch.autocast(device, enabled=False) if device != "meta" else contextlib.nullcontext():
+    is_plain = backend == "reference" or not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+    run = _op if torch.compiler.is_compiling() else _forward if is_plain else _Attention.apply
+    # Entering a context costs as much as a short sequence: only where there is something to leave.
+    with torch.autocast(device, enabled=False) if is_autocast else contextlib.nullcontext():
         o, lse = run(q, k, v, *settings, backend)
     return (o, lse) if return_lse else o
 
@@ -244,8 +247,18 @@ def check_window(op, window):
             checks.whole_numbers(op, 0, **{name: side})
 
 
+class _Shapes:
+    """Written only where a message needs it, which takes longer than the checks."""
+
+    def __init__(self, q, k, v):
+        self.tensors = q, k, v
+
+    def __str__(self):
+        return ", ".join(f"{name} {list(x.shape)}" for name, x in zip("qkv", self.tensors, strict=True))
+
+
 def _check(q, k, v, causal, window, softcap):
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    shapes = _Shapes(q, k, v)
     if q.dim() not in (3, 4) or k.dim() != q.dim() or k.shape != v.shape:
         raise ValueError(f"attention: {shapes}: q must be [B, S, H, D] or packed [T, H, D], k and v alike of one shape")
     heads, heads_k = q.shape[-2], k.shape[-2]
@@ -255,8 +268,8 @@ def _check(q, k, v, causal, window, softcap):
         raise ValueError(f"attention: {shapes}: the {heads} heads of q must be a multiple of the {heads_k} of k and v")
     if q.dim() == 4 and q.shape[0] != k.shape[0]:
         raise ValueError(f"attention: {shapes}: the batches of q and k must be equally large")
-    kinds = {(x.dtype, x.device) for x in (q, k, v)}
-    if q.dtype not in _DTYPES or len(kinds) > 1 and not checks.autocasts(q.device.type):
+    is_one_kind = q.dtype == k.dtype == v.dtype and q.device == k.device == v.device
+    if q.dtype not in _DTYPES or not (is_one_kind or checks.autocasts(q.device.type)):
         kinds = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in zip("qkv", (q, k, v), strict=True))
         raise ValueError(f"attention: {kinds}: q, k and v must have one floating dtype and device")
     check_window("attention", window)
