@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks import _llama
 from benchmarks._harness import ROOT, Replay, measure, peak_bytes, speedup
@@ -19,10 +20,10 @@ from benchmarks._harness import ROOT, Replay, measure, peak_bytes, speedup
 replay = Replay()
 BASE = replace(_llama.Job(), batch_size=2, length=256, num_hidden_layers=4)
 CURVES = {
-    "length": ([128, 1024], [128, 512, 2048, 8192]),  # by default, with --full
-    "batch_size": ([1, 4], [1, 4, 16, 64]),
-    "lora_r": ([4, 64], [1, 4, 16, 64, 256]),
-    "hidden_size": ([256, 512], [256, 512, 1024, 2048]),
+    "length": ([128, 1024], [128, 512, 2048], [8192, 32768]),  # by default; with --full; and then on a GPU
+    "batch_size": ([1, 4], [1, 4, 16], [64]),
+    "lora_r": ([4, 64], [1, 4, 16, 64, 256], []),
+    "hidden_size": ([256, 512], [256, 512, 1024], [2048, 4096]),
 }
 TOY_CURVES = {"length": [8, 16], "batch_size": [1, 2], "lora_r": [2, 4], "hidden_size": [16, 32]}
 
@@ -58,7 +59,8 @@ def curve(request, compare_steps, result):
     toy, full = (request.config.getoption(option) for option in ("--toy", "--full"))
     rounds = min(request.config.getoption("--rounds"), 4)
     size = request.param
-    values = TOY_CURVES[size] if toy else CURVES[size][full]
+    short, long, longest = CURVES[size]
+    values = TOY_CURVES[size] if toy else short if not full else long + (longest if torch.cuda.is_available() else [])
     base = replace(_llama.TOY, num_attention_heads=2, num_key_value_heads=1) if toy else BASE
     points = []
     for value in values:
@@ -87,8 +89,6 @@ def test_scaling(benchmark, curve, side):
 @pytest.fixture(scope="module")
 def ranks(request, result, tmp_path_factory):
     """Tokens per second of `fastft train` on one rank and on two, taking turns."""
-    import torch
-
     if torch.cuda.is_available() and torch.cuda.device_count() < 2:
         pytest.skip("two ranks need two GPUs")
     toy, full = (request.config.getoption(option) for option in ("--toy", "--full"))
