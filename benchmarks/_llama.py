@@ -1,11 +1,14 @@
-"""The LoRA job: steps of a Llama-shaped model, frozen but for adapters on all linear layers, over equally long sequences.
+"""Steps of a Llama-shaped model over equally long sequences: frozen but for adapters on all linear layers (the LoRA job), or
+trained whole.
 
 eager      transformers and PEFT as they come, eager attention, fused AdamW, clipping
 careful    the same with SDPA
 trainer    the careful model in transformers' Trainer, where accelerate is installed
 compiled   the same under torch.compile; with --full only, for it compiles for minutes
 liger      the same with Liger's kernels, on GPUs, where it is installed; not run yet, for want of one
-fastft     what `fastft train --use_peft true` does: packed rows, patched layers, its optimizer in the DeepSpeed engine
+fastft     what `fastft train` does: packed rows, patched layers, its optimizer in the DeepSpeed engine
+
+A whole model is trained by careful, by fastft, and by fastft with 8-bit AdamW.
 
 All start from the same random weights, in the dtype that fastft chooses here. Sequences are equally long, so packing gains
 nothing: this job shows the kernels alone.
@@ -30,6 +33,7 @@ from fastft.tasks import get_task
 from fastft.train import to_device
 
 SIDES = ("eager", "careful", "trainer", "compiled", "liger", "fastft")
+WHOLE_SIDES = ("careful", "fastft 8-bit", "fastft")
 WARMUP = 2  # rounds
 PAD = 0
 
@@ -47,6 +51,7 @@ class Job:
     batch_size: int = 4
     length: int = 512
     lora_r: int = 16
+    """0: no adapters, all weights are trained"""
     lora_dropout: float = 0.0
     learning_rate: float = 2e-4
     max_grad_norm: float = 1.0
@@ -54,9 +59,10 @@ class Job:
 
     @property
     def name(self):
+        lora = f"LoRA (r = {self.lora_r}, all linear layers, dropout {self.lora_dropout:g}) on"
         return (
-            f"LoRA (r = {self.lora_r}, all linear layers, dropout {self.lora_dropout:g}) on a Llama of "
-            f"{self.num_hidden_layers} layers, {self.hidden_size} wide, vocabulary {self.vocab_size:,}"
+            f"{lora if self.lora_r else 'All weights of'} a Llama of {self.num_hidden_layers} layers, {self.hidden_size} wide, "
+            f"vocabulary {self.vocab_size:,}"
         )
 
 
@@ -71,27 +77,32 @@ TOY = Job(
     length=16,
     lora_r=4,
 )
+WHOLE = Job(lora_r=0, num_hidden_layers=4, learning_rate=2e-5)
+WHOLE_TOY = replace(TOY, lora_r=0)
 
 
 def run(job, rounds, seconds=None, full=False):
     """Checks that the loops compute the same, then times them as `measure` does. Returns what goes into a result's `jobs`."""
     bench = Bench(job)
     check = bench.check()
-    sides = {"eager": bench.hugging_face("eager"), "careful": bench.hugging_face("sdpa")}
-    if full:
-        sides["compiled"] = bench.hugging_face("sdpa", compiled=True)
-    if why_not_liger() is None:
-        sides["liger"] = bench.hugging_face("sdpa", liger=True)
-    sides["fastft"] = bench.fastft()
+    sides = {"careful": bench.hugging_face("sdpa"), "fastft": bench.fastft()}
+    if job.lora_r:
+        sides["eager"] = bench.hugging_face("eager")
+        if full:
+            sides["compiled"] = bench.hugging_face("sdpa", compiled=True)
+        if why_not_liger() is None:
+            sides["liger"] = bench.hugging_face("sdpa", liger=True)
+    else:
+        sides["fastft 8-bit"] = bench.fastft(optim="adamw_8bit")
     batches = [bench.batch(number) for number in range(WARMUP + rounds)]
     prepared = {name: [side.prepare(batch) for batch in batches] for name, side in sides.items()}
     steps = {name: lambda n, name=name: sides[name].step(prepared[name][n]) for name in sides}
-    if _trainer.why_not() is None:
+    if job.lora_r and _trainer.why_not() is None:
         steps["trainer"] = bench.hugging_face("sdpa").in_trainer(prepared["careful"])
     runs = measure(steps, rounds, warmup=WARMUP, seconds=seconds)
     for name in steps:
         runs[name]["peak_bytes"] = None if name == "trainer" else peak_bytes(lambda name=name: steps[name](0))
-    runs = {name: runs[name] for name in SIDES if name in runs}
+    runs = {name: runs[name] for name in (SIDES if job.lora_r else WHOLE_SIDES) if name in runs}
     return {
         "job": {"name": job.name, **asdict(job)},
         "dtype": str(bench.dtype).removeprefix("torch."),
@@ -116,9 +127,9 @@ class Bench:
         self.args = Arguments(
             model_name_or_path="a random Llama",
             task="causal_lm",
-            use_peft=True,
-            lora_r=job.lora_r,
-            lora_alpha=2 * job.lora_r,
+            use_peft=job.lora_r > 0,
+            lora_r=job.lora_r or 1,
+            lora_alpha=2 * job.lora_r or 1,
             lora_dropout=job.lora_dropout,
             lora_target_modules=["all-linear"],
             learning_rate=job.learning_rate,
@@ -143,7 +154,8 @@ class Bench:
         config = AutoConfig.for_model("llama", pad_token_id=PAD, max_position_embeddings=self.job.length, **shape)
         set_seed(self.job.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        model = add_lora(model, self.args, self.task)
+        if self.job.lora_r:
+            model = add_lora(model, self.args, self.task)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)

@@ -20,6 +20,7 @@ JOBS = {
     "sentiment": "Fine-tuning for sentiment",
     "sentiment_jemalloc": "Fine-tuning for sentiment, all under jemalloc",
     "lora": "Fine-tuning with LoRA",
+    "whole": "Fine-tuning all weights",
 }
 RIVALS = {
     "sentiment": {
@@ -35,6 +36,7 @@ RIVALS = {
         "eager": "LoRA, transformers and PEFT with eager attention",
         "trainer": "LoRA, transformers' Trainer with PEFT and SDPA",
     },
+    "whole": {"careful": "all weights of such a Llama with 4 layers, transformers with SDPA and fused AdamW"},
 }
 FLOOR = (
     "A `copy` moves as many bytes as the op must and computes nothing; `frozen` and `products` are its matrix products "
@@ -47,7 +49,7 @@ def sections(result):
     """[(title, Markdown, how to plot it: (function, data) or None)] of one result, in the order of the page."""
     parts = []
     for kind, job in result["jobs"].items():
-        markdown = (_lora if kind == "lora" else _sentiment)(job, result["machine"])
+        markdown = (_llama if kind in ("lora", "whole") else _sentiment)(job, result["machine"])
         parts.append((JOBS[kind], markdown, (_plots.bars, {"": job["sides"]})))
     if result.get("accuracies"):
         parts.append(("What the speed is worth", _accuracies(result["accuracies"]), None))
@@ -107,13 +109,13 @@ def _sentiment(job, machine):
     return "\n".join(rows)
 
 
-def _lora(job, machine):
+def _llama(job, machine):
     sides, ours = job["sides"], job["sides"]["fastft"]
     absolute = machine["gpu"] is not None
     rows = [
         f"{job['job']['name']}: {job['job']['batch_size']} x {job['job']['length']} tokens a step in {job['dtype']}, "
-        f"{len(ours['wall'])} rounds. `eager`, `careful` (with SDPA) and `trainer` (transformers' Trainer) are transformers "
-        "and PEFT. Memory: the most that a step held above what it held before.",
+        f"{len(ours['wall'])} rounds. `careful` is transformers and PEFT with SDPA; `eager` has eager attention, `trainer` "
+        "is transformers' Trainer. Memory: the most that a step held above what it held before.",
         "",
         "| loop | speed-up of fastft | by CPU time | memory over fastft's | mean loss |"
         + (" tokens/s | peak MB |" if absolute else ""),

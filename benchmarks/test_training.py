@@ -83,3 +83,17 @@ def test_lora(benchmark, lora_sides, side):
         pytest.skip(reasons.get(side) or f"{side} is measured with --full only")
     benchmark.extra_info["speedup_of_fastft"] = speedup(lora_sides[side]["wall"], lora_sides["fastft"]["wall"])
     replay(benchmark, lora_sides[side]["wall"])
+
+
+@pytest.fixture(scope="module")
+def whole_sides(request, result):
+    job = _llama.WHOLE_TOY if request.config.getoption("--toy") else _llama.WHOLE
+    result["jobs"]["whole"] = _llama.run(job, *step_limits(request.config))
+    return result["jobs"]["whole"]["sides"]
+
+
+@pytest.mark.benchmark(group="all weights: a step of training", timer=replay.clock)
+@pytest.mark.parametrize("side", _llama.WHOLE_SIDES)
+def test_all_weights(benchmark, whole_sides, side):
+    benchmark.extra_info["speedup_of_fastft"] = speedup(whole_sides[side]["wall"], whole_sides["fastft"]["wall"])
+    replay(benchmark, whole_sides[side]["wall"])
