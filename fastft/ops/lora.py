@@ -32,11 +32,17 @@ def _why_not_dtype(x, *_):
     return None if x.dtype in _DTYPES else f"it computes float32, bfloat16 and float16, and x is {x.dtype}"
 
 
-_KERNELS = dispatch.register("lora", cpp=_why_not_dtype)
+_KERNELS = dispatch.register("lora", triton=_why_not_dtype, cpp=_why_not_dtype)
 
 
 def _apply_mask(x, p, seed, backend):
     return getattr(_KERNELS.get(backend), "apply_mask", reference.apply_mask)(x, p, int(seed))
+
+
+def _fused(backend, kernel, *arguments):
+    """What this kernel of the backend computes; None where there is none, or it leaves the work to PyTorch's products."""
+    run = getattr(_KERNELS.get(backend), kernel, None)
+    return None if run is None else run(*arguments)
 
 
 # A group is five lists, one entry a layer; `seeds` int64 [layers], of no meaning where p is 0.
@@ -44,17 +50,21 @@ def _group_forward(x, weights, biases, lora_a, lora_b, scales, p, seeds, backend
     """[*ys, S]: y [..., out] of each layer, S [tokens, sum of r] in the dtype of the products."""
     dtype, scales = product_dtype(x), _with_dropout(scales, p)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    if p:
+    S = _fused(backend, "low_rank", rows, [a.to(dtype) for a in lora_a], p, seeds)
+    if S is None and p:
         S = torch.cat(
             [_apply_mask(rows, p, s, backend) @ a.to(dtype).t() for a, s in zip(lora_a, seeds, strict=True)], 1
         )
-    else:
+    elif S is None:
         S = rows @ _stack(lora_a, dtype).t()
     ys = []
     for W, bias, B, scale, low in zip(weights, biases, lora_b, scales, _split(S, lora_a), strict=True):
-        B = (B * scale).to(dtype).t()
-        y = low @ B if bias is None else torch.addmm(bias.to(dtype), low, B)
-        ys.append(y.addmm_(rows, dense(W, dtype).t()).to(x.dtype).view(*x.shape[:-1], W.shape[0]))
+        W, B = dense(W, dtype), (B * scale).to(dtype)
+        y = _fused(backend, "product", rows, W, bias, low, B)
+        if y is None:
+            y = low @ B.t() if bias is None else torch.addmm(bias.to(dtype), low, B.t())
+            y.addmm_(rows, W.t())
+        ys.append(y.to(x.dtype).view(*x.shape[:-1], W.shape[0]))
     return [*ys, S]
 
 
@@ -73,36 +83,63 @@ def _group_backward(dys, x, S, weights, lora_a, lora_b, scales, p, seeds, backen
         if dy is None:
             continue
         dys[i] = dy = dy.reshape(-1, dy.shape[-1]).to(dtype)
+        db = None
         if needs_dx or needs_da[i]:
-            dlows[i] = dy @ (lora_b[i] * scales[i]).to(dtype)
+            B = (lora_b[i] * scales[i]).to(dtype)
+            both = _fused(backend, "gradients", dy, low, B) if needs_db[i] else None
+            dlows[i], db = both or (dy @ B, None)
         if needs_db[i]:
-            dbs[i] = ((low.t() @ dy) * scales[i]).t().to(lora_b[i].dtype, memory_format=torch.contiguous_format)
+            db = low.t() @ dy if db is None else db.t()
+            dbs[i] = (db * scales[i]).t().to(lora_b[i].dtype, memory_format=torch.contiguous_format)
         if needs_dweight[i]:
             dweights[i] = (dy.t() @ rows).to(weights[i].dtype)
         if needs_dbias[i]:
             dbiases[i] = dy.sum(0)
     live = [i for i in range(layers) if dlows[i] is not None]
-    if not p and live:
-        dlow = torch.cat([dlows[i] for i in live], 1)
-        if any(needs_da):
-            stacked = dlow.t() @ rows
-            for i, da in zip(live, stacked.split([lora_a[i].shape[0] for i in live]), strict=True):
-                das[i] = da.to(lora_a[i].dtype, copy=True) if needs_da[i] else None
-        if needs_dx:
-            dx = dlow @ _stack([lora_a[i] for i in live], dtype)
-    elif live:
-        for i in live:
-            if needs_da[i]:
-                das[i] = (dlows[i].t() @ _apply_mask(rows, p, seeds[i], backend)).to(lora_a[i].dtype)
-            if needs_dx:
-                branch = _apply_mask(dlows[i] @ lora_a[i].to(dtype), p, seeds[i], backend)
-                dx = (branch.float() if len(live) > 1 else branch) if dx is None else dx.add_(branch)
-    if dx is not None:
-        dx = dx.to(dtype)
-        for i in live:
-            dx.addmm_(dys[i], dense(weights[i], dtype))
-        dx = dx.to(x.dtype).view(x.shape)
+    trained = [i for i in live if needs_da[i]]
+    of = lambda part, chosen: [part[i] for i in chosen]
+    if trained:
+        for i, da in zip(trained, _das(rows, of(dlows, trained), p, of(seeds, trained), backend), strict=True):
+            das[i] = da.to(lora_a[i].dtype, copy=True)
+    if needs_dx and live:
+        lists = of(dys, live), of(weights, live), of(dlows, live), [lora_a[i].to(dtype) for i in live]
+        dx = _dx(*lists, p, of(seeds, live), backend).to(x.dtype).view(x.shape)
     return dx, dweights, dbiases, das, dbs
+
+
+def _das(rows, dlows, p, seeds, backend):
+    """dSᵀ drop(x) of each layer."""
+    das = _fused(backend, "adapter_gradients", rows, dlows, p, seeds)
+    if das is not None:
+        return das
+    if p:
+        return [dlow.t() @ _apply_mask(rows, p, seed, backend) for dlow, seed in zip(dlows, seeds, strict=True)]
+    return (torch.cat(dlows, 1).t() @ rows).split([dlow.shape[1] for dlow in dlows])
+
+
+def _dx(dys, weights, dlows, lora_a, p, seeds, backend):
+    """sum of dy W + keep * (dS A)."""
+    dtype, dx = dlows[0].dtype, None
+    if len(weights) == 1 or not any(isinstance(W, NF4Weight) for W in weights):  # 4-bit ones are dense one at a time
+        weights = [dense(W, dtype) for W in weights]
+        dx = _fused(backend, "input_gradient", dys, weights, dlows, lora_a, p, seeds)
+    if dx is None:
+        dx = _branch(dlows, lora_a, p, seeds, backend)
+        for dy, W in zip(dys, weights, strict=True):
+            dx.addmm_(dy, dense(W, dtype))
+    return dx
+
+
+def _branch(dlows, lora_a, p, seeds, backend):
+    """sum of keep * (dS A)."""
+    dx = _fused(backend, "branch", dlows, lora_a, p, seeds)
+    if dx is None and not p:
+        return torch.cat(dlows, 1) @ _stack(lora_a, dlows[0].dtype)
+    if dx is None:
+        for dlow, a, seed in zip(dlows, lora_a, seeds, strict=True):
+            branch = _apply_mask(dlow @ a, p, seed, backend)
+            dx = (branch.float() if len(dlows) > 1 else branch) if dx is None else dx.add_(branch)
+    return dx.to(dlows[0].dtype)
 
 
 def _with_dropout(scales, p):

@@ -1,5 +1,6 @@
 """fastft.ops.lora_linear, lora_group and lora_mlp: results and gradients in every dtype, dropout, torch.compile, errors."""
 
+import importlib
 import itertools
 
 import pytest
@@ -19,13 +20,15 @@ def forget_compiled_graphs():
     torch.compiler.reset()
 
 
-@pytest.fixture(params=["auto", "cpp", "no kernels"])
+@pytest.fixture(params=["auto", "cpp", "triton", "no kernels"])
 def backend(request, monkeypatch):
-    if request.param == "cpp" and dispatch.unavailable("cpp"):
-        pytest.skip(dispatch.unavailable("cpp"))
+    if request.param in ("cpp", "triton") and dispatch.unavailable(request.param):
+        pytest.skip(dispatch.unavailable(request.param))
+    if request.param == "triton" and torch.cuda.is_available():
+        pytest.skip("these tensors are on the CPU, and Triton's interpreter is off")
     if request.param == "no kernels":
         monkeypatch.setattr(dispatch, "unavailable", lambda name: "not here")
-    with fastft.backend("cpp" if request.param == "cpp" else "auto"):
+    with fastft.backend(request.param if request.param in ("cpp", "triton") else "auto"):
         yield request.param
 
 
@@ -96,6 +99,66 @@ def test_group(backend, no_worse, poisoned, dtype, p):
     )
     layers = lambda t: [(*t[i : i + 4], scale) for i, scale in ((0, 0.5), (4, 2.0), (8, -1.0))]
     compare(no_worse, lambda x, *t: lora_group(x, layers(t), dropout_p=p, seeds=[1, 2, 3]), tensors)
+
+
+@pytest.mark.skipif(dispatch.unavailable("triton") is not None, reason="needs Triton")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+class TestTriton:
+    """Where a table leaves products to PyTorch, and where a gradient or a weight is of another kind."""
+
+    @pytest.fixture(autouse=True)
+    def forced(self, monkeypatch):
+        monkeypatch.setattr(nf4, "native", lambda dtype: True)  # products in x's dtype, as on a GPU
+        with fastft.backend("triton"):
+            yield
+
+    @pytest.fixture
+    def config(self):
+        return importlib.import_module("fastft_kernels.triton._lora_config")
+
+    LEFT = {"every product": (False, False), "thin products": (False, True), "wide products": (True, False)}
+
+    @pytest.mark.parametrize("left", LEFT)
+    @pytest.mark.parametrize("p", [0.0, 0.1])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_what_is_left_to_pytorch(self, config, monkeypatch, no_worse, poisoned, left, p, dtype):
+        thin, wide = self.LEFT[left]
+        takes = config.takes_product
+        monkeypatch.setattr(config, "takes_thin", lambda *_, **__: thin)
+        monkeypatch.setattr(config, "takes_product", lambda low, xs, *rest: (wide or not xs) and takes(low, xs, *rest))
+        tensors = draw(9, 40, dtype=dtype), *layer(24, 40, 4, dtype), *layer(8, 40, 1, dtype)
+        layers = lambda t: [(*t[i : i + 4], scale) for i, scale in ((0, 0.5), (4, 2.0))]
+        compare(no_worse, lambda x, *t: lora_group(x, layers(t), dropout_p=p, seeds=[1, 2]), tensors)
+
+    @pytest.mark.parametrize("p", [0.0, 0.1])
+    def test_every_kernel_runs(self, monkeypatch, p):
+        kernel, calls = lora._KERNELS["triton"], []
+        for name in ("low_rank", "product", "gradients", "adapter_gradients", "input_gradient"):
+            run = getattr(kernel, name)
+            monkeypatch.setattr(
+                kernel, name, lambda *a, run=run, name=name: calls.append((name, run(*a))) or calls[-1][1]
+            )
+        x, one, two = draw(5, 12), layer(7, 12, 3), layer(4, 12, 3)
+        sum(y.sum() for y in lora_group(x, [(*one, 0.5), (*two, 0.5)], dropout_p=p)).backward()
+        expected = ["low_rank", "product", "product", "gradients", "gradients", "adapter_gradients", "input_gradient"]
+        assert [name for name, _ in calls] == expected and all(result is not None for _, result in calls)
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_weights_in_4_bits(self, no_worse, count):
+        """Several are read into one buffer, one after the other: then it is the low-rank term that a kernel computes."""
+        weights = [nf4.quantize_nf4(draw(out, 64, scale=0.1).detach()) for out in (24, 9)[:count]]
+        tensors = draw(5, 64), *(draw(3, 64, scale=0.1) for _ in weights), *(draw(W.shape[0], 3) for W in weights)
+
+        def run(x, *t):
+            layers = zip(weights, t[:count], t[count:], strict=True)
+            return lora_group(x, [(W, None, a, b, 0.5) for W, a, b in layers], dropout_p=0.1, seeds=[1, 2][:count])
+
+        compare(no_worse, run, tensors)
+
+    def test_a_group_of_more_layers_than_a_kernel_takes(self, no_worse):
+        tensors = draw(5, 12), *(t for _ in range(4) for t in layer(7, 12, 2))
+        layers = lambda t: [(*t[4 * i : 4 * i + 4], 0.5) for i in range(4)]
+        compare(no_worse, lambda x, *t: lora_group(x, layers(t), dropout_p=0.1, seeds=[1, 2, 3, 4]), tensors)
 
 
 def mlp(x, *t, p=0.0, activation="silu"):
@@ -276,5 +339,7 @@ def test_bad_groups():
         lora_mlp(x, one, (*layer(8, 12, 3), 0.5), (*layer(3, 7, 2), 0.5))
     with pytest.raises(ValueError, match="activation.*relu"):
         lora_mlp(x, one, one, (*layer(3, 7, 2), 0.5), activation="relu")
-    with fastft.backend("triton"), pytest.raises(fastft.BackendError, match="no triton kernel"):
-        lora_group(x, [one])
+    with pytest.raises(fastft.BackendError, match="float64"):
+        forced = "cpp" if dispatch.unavailable("triton") else "triton"
+        with fastft.backend(forced):
+            lora_group(x.double(), [tuple(t.double() if isinstance(t, torch.Tensor) else t for t in one)])

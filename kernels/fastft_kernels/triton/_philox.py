@@ -23,3 +23,19 @@ def element_draws(seed, element):
     w0, w1, w2, w3 = tl.philox(seed, counter.to(tl.uint32), (counter >> 32).to(tl.uint32), zero, zero)
     word = tl.where(place < 4, tl.where(place < 2, w0, w1), tl.where(place < 6, w2, w3))
     return tl.where((place & 1) == 0, word & 0xFFFF, word >> 16)
+
+
+@triton.jit
+def keep_mask(
+    seed, rows, start, n_cols, threshold, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
+):
+    """Which elements of int64 `rows` of n_cols are kept, BLOCK_COLS of each from column `start`, a multiple of 8.
+
+    ALIGNED: rows are whole counters, so that one draw serves eight elements.
+    """
+    if ALIGNED:
+        counter = rows[:, None] * (n_cols // 8) + start // 8 + tl.arange(0, BLOCK_COLS // 8)[None, :]
+        draws = aligned_draws(seed, counter).reshape([BLOCK_ROWS, BLOCK_COLS])
+    else:
+        draws = element_draws(seed, rows[:, None] * n_cols + start + tl.arange(0, BLOCK_COLS)[None, :])
+    return draws.to(tl.int32) >= threshold

@@ -27,11 +27,16 @@ def dropout_kernel(x_ptr, y_ptr, n, threshold, scale, seed, BLOCK: tl.constexpr)
 
 def dropout(x, p, seed):
     """y; the gradient of x is the same function of the gradient of y."""
+    return scaled(x, p, seed, keep_scale(p))
+
+
+def scaled(x, p, seed, scale):
+    """x * scale where `seed` keeps it, else 0."""
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel():
         with torch.cuda.device_of(x):
             dropout_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-                x, y, x.numel(), drop_threshold(p), keep_scale(p), int(seed), BLOCK=BLOCK, num_warps=WARPS
+                x, y, x.numel(), drop_threshold(p), scale, int(seed), BLOCK=BLOCK, num_warps=WARPS
             )
     return y

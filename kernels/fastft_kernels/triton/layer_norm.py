@@ -19,7 +19,7 @@ import triton.language as tl
 
 from fastft_kernels._layout import matrix
 from fastft_kernels.reference._philox import drop_threshold, keep_scale
-from fastft_kernels.triton._philox import aligned_draws, element_draws
+from fastft_kernels.triton._philox import keep_mask
 
 # Columns, rounded up to a power of two -> rows and warps of a program: 16 elements per thread, no spills.
 CONFIG = {
@@ -35,17 +35,6 @@ CONFIG = {
 MAX_COLS = max(CONFIG)
 MAX_TRAINED_COLS = 8192
 PROGRAMS_PER_SM = 4  # of the backward pass with dweight: enough loads in flight, few partial sums
-
-
-@triton.jit
-def keep_mask(rows, n_cols, threshold, seed, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """Which elements of these rows are kept. ALIGNED: rows are whole counters, so that one draw serves eight elements."""
-    if ALIGNED:
-        counter = rows[:, None] * (n_cols // 8) + tl.arange(0, BLOCK_COLS // 8)[None, :]
-        draws = aligned_draws(seed, counter).reshape([BLOCK_ROWS, BLOCK_COLS])
-    else:
-        draws = element_draws(seed, rows[:, None] * n_cols + tl.arange(0, BLOCK_COLS)[None, :])
-    return draws.to(tl.int32) >= threshold
 
 
 @triton.jit(do_not_specialize=["n_rows", "threshold", "seed"])
@@ -80,7 +69,7 @@ def forward_kernel(
 
     x = tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :], mask, other=0.0).to(tl.float32)
     if HAS_DROPOUT:
-        keep = keep_mask(rows, n_cols, threshold, seed, ALIGNED, BLOCK_ROWS, BLOCK_COLS)
+        keep = keep_mask(seed, rows, 0, n_cols, threshold, ALIGNED, BLOCK_ROWS, BLOCK_COLS)
         x = tl.where(keep, x * scale, 0.0)
     if HAS_RESIDUAL:
         x += tl.load(residual_ptr + rows[:, None] * residual_stride + cols[None, :], mask, other=0.0).to(tl.float32)
@@ -154,7 +143,7 @@ def backward_kernel(
         if NEEDS_DRESIDUAL:
             tl.store(dresidual_ptr + out, dh.to(dresidual_ptr.dtype.element_ty), mask)
         if HAS_DROPOUT:
-            keep = keep_mask(rows, n_cols, threshold, seed, ALIGNED, BLOCK_ROWS, BLOCK_COLS)
+            keep = keep_mask(seed, rows, 0, n_cols, threshold, ALIGNED, BLOCK_ROWS, BLOCK_COLS)
             dh = tl.where(keep, dh * scale, 0.0)
         tl.store(dx_ptr + out, dh.to(dx_ptr.dtype.element_ty), mask)
     place = tl.program_id(0).to(tl.int64) * n_cols + cols

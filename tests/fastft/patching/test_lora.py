@@ -10,8 +10,8 @@ from torch import nn
 
 import fastft
 from fastft import ops
+from fastft.ops import dispatch
 from fastft.patching import lora
-from fastft_kernels.cpp import extension
 
 
 @pytest.fixture
@@ -178,17 +178,20 @@ def test_what_computes_as_peft_does(reason, peft_model, calls):
     assert sum(calls.values()) == 0
 
 
-def test_a_backend_that_was_asked_for_serves_or_names_the_layer(peft_model, calls):
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_a_backend_that_was_asked_for_serves_or_names_the_layer(backend, peft_model, calls):
     """Also where PEFT changes an adapter after patching, and where the backend has no kernel at all."""
-    model = peft_model()
-    with fastft.backend("triton"), pytest.raises(fastft.BackendError, match="14 layers, first .*q_proj: "):
+    if dispatch.unavailable(backend) is not None or (backend == "triton" and torch.cuda.is_available()):
+        pytest.skip(str(dispatch.unavailable(backend) or "the model is on the CPU, and Triton's interpreter is off"))
+    model = peft_model(dtype=torch.float64)
+    with fastft.backend(backend), pytest.raises(fastft.BackendError, match="14 layers, first .*q_proj: .*float64"):
         fastft.patch(model, verbose=False)
     assert "_fastft_patch" not in model.get_base_model().__dict__
-    if extension.missing is not None:
-        pytest.skip(str(extension.missing))
-    with fastft.backend("cpp"):
+    model = peft_model()
+    expected = step(model)
+    with fastft.backend(backend):
         fastft.patch(model, verbose=False)
-        step(model)
+        assert_close(step(model), expected)
         assert calls["lora_group"] == calls["lora_mlp"] == calls["lora_linear"] == 2
         with model.disable_adapter():
             model(**batch())  # nothing of LoRA is left to compute
