@@ -110,9 +110,7 @@ def down_kernel(
     tl.store(down_ptr + out, acc, rows_there[:, None] & ranks_there[None, :])
 
 
-@triton.jit(
-    do_not_specialize=["n_rows", "rank0", "rank1", "rank2", "seed0", "seed1", "seed2", "threshold", "rank_blocks"]
-)
+@triton.jit(do_not_specialize=["n_rows", "seed0", "seed1", "seed2", "threshold", "rank_blocks"])
 def gradients_kernel(
     x_ptr,
     x_row,

@@ -8,8 +8,9 @@ bfloat16 or float32, accumulated in float32 and rounded once. keep_i is the drop
     forward             one layer: x Wᵀ + S (sB)ᵀ + b
     input's gradient    up to LAYERS layers that share their input: dy_i W_i + keep_i * (dS_i A_i)
 
-A program computes one tile of y. The low-rank term comes first, in a few steps of BLOCK_R, and leaves its registers to
-the long walk over the depth.
+A program computes one tile of y: a walk over the depth of each layer, and a few steps of BLOCK_R ranks. The first of these
+is loaded before the walk, where there are registers for it, and multiplied after it; with a mask, which takes more of
+them than the walk leaves, the low-rank term comes first.
 """
 
 import triton
@@ -31,7 +32,8 @@ def place(program, n_rows, n_cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 
 
 @triton.jit
-def low_rank(
+def low_rank_tiles(
+    start,
     low_ptr,
     low_row,
     v_ptr,
@@ -40,29 +42,24 @@ def low_rank(
     rows_there,
     cols_there,
     rank,
-    acc,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """acc + S V of `rank` columns of S. The pointers stand at the tile's first row, column and rank."""
-    rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-    # Not pipelined: a second stage of it would take the memory of the loop over the depth.
-    for start in tl.range(0, rank, BLOCK_R, num_stages=1):
-        ranks = start + tl.arange(0, BLOCK_R)
-        low = tl.load(
-            low_ptr + (rows[:, None] * low_row + ranks[None, :]),
-            rows_there[:, None] & (ranks < rank)[None, :],
-            other=0.0,
-        )
-        v = tl.load(
-            v_ptr + (ranks[:, None] * v_rank + cols[None, :] * v_col),
-            (ranks < rank)[:, None] & cols_there[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(low, v, acc, input_precision=PRECISION)
-    return acc
+    """S and V from rank `start`, with anything past `rank`. The pointers stand at the tile's first row and column."""
+    rows, cols, ranks = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), start + tl.arange(0, BLOCK_R)
+    there = ranks < rank
+    low = tl.load(low_ptr + (rows[:, None] * low_row + ranks[None, :]), rows_there[:, None] & there[None, :])
+    v = tl.load(v_ptr + (ranks[:, None] * v_rank + cols[None, :] * v_col), there[:, None] & cols_there[None, :])
+    return low, v
+
+
+@triton.jit
+def low_rank(low, v, start, rank, acc, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):
+    """acc + S V of such tiles. What is not there becomes 0 here, so that tiles loaded long before wait in registers."""
+    there = start + tl.arange(0, BLOCK_R) < rank
+    low, v = tl.where(there[None, :], low, 0.0), tl.where(there[:, None], v, 0.0)
+    return tl.dot(low, v, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -126,7 +123,7 @@ def described_product(
     return acc
 
 
-@triton.jit(do_not_specialize=["n_rows", "rank0", "rank1", "rank2", "seed0", "seed1", "seed2", "threshold"])
+@triton.jit(do_not_specialize=["n_rows", "seed0", "seed1", "seed2", "threshold"])
 def product_kernel(
     x0_ptr,
     x1_ptr,
@@ -190,47 +187,37 @@ def product_kernel(
     v_ptr += col * v_col
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
+    rank = rank0 + rank1 + rank2
     if DROPOUT:
-        # A loop, so that one mask is in registers at a time.
+        # Loops that are loops, so that one mask is in registers at a time, and not pipelined, for its memory.
         for layer in tl.range(0, LAYERS, num_stages=1):
             rank = tl.where(layer == 0, rank0, tl.where(layer == 1, rank1, rank2))
             seed = tl.where(layer == 0, seed0, tl.where(layer == 1, seed1, seed2))
             keep = keep_mask(seed, row + rows, first_col, n_cols, threshold, ALIGNED, BLOCK_M, BLOCK_N)
             part = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            part = low_rank(
-                low_ptr,
-                low_row,
-                v_ptr,
-                v_rank,
-                v_col,
-                rows_there,
-                cols_there,
-                rank,
-                part,
-                PRECISION,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_R,
-            )
+            for start in tl.range(0, rank, BLOCK_R, num_stages=1):
+                low, v = low_rank_tiles(
+                    start,
+                    low_ptr,
+                    low_row,
+                    v_ptr,
+                    v_rank,
+                    v_col,
+                    rows_there,
+                    cols_there,
+                    rank,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_R,
+                )
+                part = low_rank(low, v, start, rank, part, PRECISION, BLOCK_R)
             acc += tl.where(keep, part, 0.0)
             low_ptr += rank
             v_ptr += tl.cast(rank, tl.int64) * v_rank
-    else:
-        rank = rank0 + rank1 + rank2
-        acc = low_rank(
-            low_ptr,
-            low_row,
-            v_ptr,
-            v_rank,
-            v_col,
-            rows_there,
-            cols_there,
-            rank,
-            acc,
-            PRECISION,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_R,
+    elif DESCRIPTORS:
+        # Asked for here and used at the end: they come while the products are computed.
+        low, v = low_rank_tiles(
+            0, low_ptr, low_row, v_ptr, v_rank, v_col, rows_there, cols_there, rank, BLOCK_M, BLOCK_N, BLOCK_R
         )
 
     for layer in tl.static_range(PRODUCTS):
@@ -260,6 +247,14 @@ def product_kernel(
                 BLOCK_K,
             )
 
+    if not DROPOUT:
+        if DESCRIPTORS:
+            acc = low_rank(low, v, 0, rank, acc, PRECISION, BLOCK_R)
+        for start in tl.range(BLOCK_R if DESCRIPTORS else 0, rank, BLOCK_R, num_stages=1):
+            low, v = low_rank_tiles(
+                start, low_ptr, low_row, v_ptr, v_rank, v_col, rows_there, cols_there, rank, BLOCK_M, BLOCK_N, BLOCK_R
+            )
+            acc = low_rank(low, v, start, rank, acc, PRECISION, BLOCK_R)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + first_col + cols, cols_there, other=0.0).to(tl.float32)[None, :]
     y_tile = y_ptr + row * n_cols + first_col + (rows[:, None] * n_cols + cols[None, :])

@@ -1,7 +1,7 @@
 """LoRA on the GPU, in Triton: all but the products that cuBLAS computes faster. Equation: reference/lora.py.
 
     low_rank             S = drop(x) Aᵀ of all layers that read x: one read of it, masks drawn on the way
-    product              y = x Wᵀ + S (sB)ᵀ + b, the low-rank term first and in the same accumulator
+    product              y = x Wᵀ + S (sB)ᵀ + b in one accumulator
     gradients            dS = dy (sB) and dB = dyᵀ S: one read of dy
     adapter_gradients    dA = dSᵀ drop(x) of all layers: one read of x
     input_gradient       dx = sum of dy W + keep * (dS A), all layers in one accumulator

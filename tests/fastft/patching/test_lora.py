@@ -99,6 +99,29 @@ def test_training_follows_peft(dtype, peft_model):
     assert curves[1] == pytest.approx(curves[0], rel=1e-4 if dtype == torch.float32 else 3e-2)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+@pytest.mark.skipif(dispatch.unavailable("triton") is not None, reason="needs Triton")
+def test_training_with_triton_follows_peft(peft_model):
+    """Four steps with the role alone, which the interpreter can bear: every adapter parameter moves."""
+    curves = []
+    for patched in (False, True):
+        model = peft_model()
+        with fastft.backend("triton" if patched else "auto"):
+            if patched:
+                fastft.patch(model, roles="lora", verbose=False)
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+            curves.append([])
+            for _ in range(4):
+                curves[-1].append(step(model)[0].item())
+                optimizer.step()
+        assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == {
+            n for n in before if "lora_" in n
+        }
+    assert curves[1][-1] < 0.98 * curves[1][0]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
 def test_dropout_in_training_alone(peft_model, calls):
     """On the fast path, drawn anew each time, with the mean of the layer's outputs unchanged."""
     model = peft_model(lora_dropout=0.3)

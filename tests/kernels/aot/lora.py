@@ -71,7 +71,15 @@ def described_by(kernel, constants, arch, warps, stages):
         name: kinds.get(name, "*bf16") if name.endswith("_ptr") else "i64" if name.startswith("seed") else "i32"
         for name in names
     }
-    whole = ("_ptr", "_row", "_col", "_depth", "_rank", "n_cols", "depth0", "depth1", "depth2")
+    whole = (
+        "_ptr",
+        "_row",
+        "_col",
+        "_depth",
+        "_rank",
+        "n_cols",
+        *(f"{name}{i}" for name in ("depth", "rank") for i in range(3)),
+    )
     return {
         "kernel": kernel,
         "signature": signature,
