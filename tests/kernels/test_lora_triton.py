@@ -12,16 +12,27 @@ from fastft_kernels.triton import _lora_config as config
 from fastft_kernels.triton import lora as kernel
 from fastft_kernels.triton._lora_product import LAYERS
 
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tables leave small matrices to cuBLAS")
-
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SERVED = DTYPES[DEVICE == "cuda" :]  # on a GPU float32 is left to cuBLAS
+TAKES = config.takes_thin, config.takes_product
 # Rows, in, out, r: several tiles of each or a part of one; 16-byte rows, which descriptors read, and odd ones.
 SIZES = [(1, 8, 3, 1), (70, 130, 90, 8), (33, 64, 136, 16), (37, 65, 129, 64), (17, 40, 33, 256)]
 
 
+@pytest.fixture(autouse=True)
+def everything_is_taken(monkeypatch):
+    """On a GPU as in the interpreter: its tables leave small matrices to cuBLAS."""
+    if DEVICE == "cuda":
+        fits = lambda ranks, *matrices: len(ranks) <= LAYERS and all(t.numel() for t in matrices)
+        monkeypatch.setattr(config, "takes_thin", lambda x, ranks, fewer_bytes: fits(ranks, x))
+        take = lambda low, xs, weights, n_cols, ranks, masked: fits(ranks, low, *xs, *weights)
+        monkeypatch.setattr(config, "takes_product", take)
+
+
 def draw(*shape, dtype, strided=False):
     """About 1 each; strided: every second element of a row, from an address that is no multiple of 16 bytes."""
-    x = torch.randn(*shape[:-1], 2 * shape[-1] + 1) if strided else torch.randn(shape)
+    x = torch.randn(*shape[:-1], 2 * shape[-1] + 1 if strided else shape[-1], device=DEVICE)
     return x.to(dtype)[..., 1::2] if strided else x.to(dtype)
 
 
@@ -34,7 +45,7 @@ def layers_of(columns, outs, ranks, rows, dtype, strided=False):
     parts = {
         "x": draw(rows, columns, dtype=dtype, strided=strided),
         "W": [draw(out, columns, dtype=dtype, strided=strided) * columns**-0.5 for out in outs],
-        "bias": [torch.randn(out) for out in outs],
+        "bias": [torch.randn(out, device=DEVICE) for out in outs],
         "A": [draw(r, columns, dtype=dtype) * columns**-0.5 for r in ranks],
         "B": [draw(out, r, dtype=dtype) * r**-0.5 for out, r in zip(outs, ranks, strict=True)],
         "S": [draw(rows, r, dtype=dtype) for r in ranks],
@@ -46,12 +57,11 @@ def layers_of(columns, outs, ranks, rows, dtype, strided=False):
 
 CASES = [
     (dtype, size, strided)
-    for dtype, (i, size) in itertools.product(DTYPES, enumerate(SIZES))
+    for dtype, (i, size) in itertools.product(SERVED, enumerate(SIZES))
     for strided in ([False, True] if i in (1, 2) else [bool(i % 2)])
 ]
 
 
-@interpreted
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("dtype", "size", "strided"), CASES)
 class TestOneLayer:
@@ -92,10 +102,9 @@ GROUPS = [
 ]
 
 
-@interpreted
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SERVED)
 @pytest.mark.parametrize(("rows", "columns", "outs", "ranks", "parts"), GROUPS)
 def test_groups(no_worse, monkeypatch, rows, columns, outs, ranks, parts, dtype, p):
     """Layers that read the same x, a mask each; sums in one part and in several."""
@@ -137,34 +146,36 @@ def test_groups(no_worse, monkeypatch, rows, columns, outs, ranks, parts, dtype,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(0,), (1,), (3, 5, 37), (130,), (257, 128)])
 def test_mask_is_the_references(dtype, shape, poisoned):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.randn(shape, device=device).to(dtype)
+    x = torch.randn(shape, device=DEVICE).to(dtype)
     for p, seed in ((0.1, 7), (0.5, -(2**63)), (1 - 1e-7, 2**63 - 1)):
         assert torch.equal(kernel.apply_mask(x, p, torch.tensor(seed)), apply_mask(x, p, seed))
 
 
-@interpreted
 def test_the_same_bits_every_time():
     t = layers_of(130, [90], [8], 200, torch.bfloat16)
     run = lambda: [*kernel.gradients(t["dy"][0], t["S"][0], t["B"][0]), kernel.low_rank(t["x"], t["A"], 0.1, [3])]
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-@interpreted
 @pytest.mark.parametrize("stride", [2**22, 2**24])
 def test_rows_beyond_32_bits(stride):
     """x as every so many elements of a matrix: its last rows begin after 2^31 elements."""
     import numpy
 
     rows, columns = 2**31 // stride + 5, 16
-    memory = torch.from_numpy(numpy.zeros(rows * stride, numpy.int16)).view(torch.float16)  # pages come when touched
+    if DEVICE == "cuda":
+        memory = torch.zeros(rows * stride, dtype=torch.float16, device=DEVICE)
+    else:
+        memory = torch.from_numpy(numpy.zeros(rows * stride, numpy.int16)).view(
+            torch.float16
+        )  # pages come when touched
     x = memory.as_strided((rows, columns), (stride, 1))
     x[-1] = torch.arange(columns)
-    W, A = torch.ones(8, columns, dtype=torch.float16), torch.ones(1, columns, dtype=torch.float16)
+    W, A, B = (torch.ones(shape, dtype=torch.float16, device=DEVICE) for shape in ((8, columns), (1, columns), (8, 1)))
     total = columns * (columns - 1) // 2
     S = kernel.low_rank(x, [A], 0.0, None)
     assert S[-1] == total and not S[:-1].any()
-    y = kernel.product(x, W, None, S, torch.ones(8, 1, dtype=torch.float16))
+    y = kernel.product(x, W, None, S, B)
     assert (y[-1] == 2 * total).all() and not y[:-1].any()
     (da,) = kernel.adapter_gradients(x, [S], 0.0, None)
     assert torch.equal(da[0], total * x[-1].float())
@@ -199,7 +210,8 @@ def test_the_table_says_what_is_predicted(arch, masked):
 def test_what_is_fused_on_a_gpu(monkeypatch):
     """On an H200: short depths, not long ones; nothing of few rows, odd columns, high ranks, or in float32."""
     monkeypatch.setattr(config, "architecture", lambda device: 90)
-    take = lambda rows, depth, columns, dtype=torch.bfloat16, rank=16, masked=False, layers=1: config.takes_product(
+    takes_thin, takes_product = TAKES
+    take = lambda rows, depth, columns, dtype=torch.bfloat16, rank=16, masked=False, layers=1: takes_product(
         torch.empty(rows, layers * rank, dtype=dtype),
         [torch.empty(rows, depth, dtype=dtype)] * layers,
         [torch.empty(columns, depth, dtype=dtype)] * layers,
@@ -212,9 +224,9 @@ def test_what_is_fused_on_a_gpu(monkeypatch):
     assert not take(2048, 2048, 2048, torch.float32) and not take(2048, 2048, 2048, rank=128)
     assert not take(2048, 2048, 2048, masked=True) and take(2048, 512, 2048, masked=True)
     x = torch.empty(64, 64, dtype=torch.bfloat16)
-    assert config.takes_thin(x, [16], True) and not config.takes_thin(x, [16], False)
-    assert not config.takes_thin(x[:, 1:], [16], True) and not config.takes_thin(x.float(), [16], True)
+    assert takes_thin(x, [16], True) and not takes_thin(x, [16], False)
+    assert not takes_thin(x[:, 1:], [16], True) and not takes_thin(x.float(), [16], True)
     monkeypatch.setattr(config, "architecture", lambda device: 80)
     assert take(2048, 2048, 2048) and not take(2048, 2024, 2048) and not take(2048, 2048, 2056)
     monkeypatch.setattr(config, "architecture", lambda device: 0)
-    assert not take(2048, 2048, 2048) and not config.takes_thin(x, [16], True)
+    assert not take(2048, 2048, 2048) and not takes_thin(x, [16], True)
