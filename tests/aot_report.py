@@ -1,8 +1,8 @@
 """What a Triton kernel costs on a GPU that is not there: compile it ahead of time and read the machine code.
 
 Needs no GPU and no driver, a second to ten per variant. As a script it reads a JSON list of variants from standard input
-(the arguments of `compile_report`, `kernel` as "module:function") and prints the list of reports. It must run in a
-process without TRITON_INTERPRET.
+(the arguments of `compile_report`, `kernel` as "module:function") and prints the list of reports, or with --ttgir what the
+compiler's GPU passes leave of each. It must run in a process without TRITON_INTERPRET.
 
 Reports are kept in tests/kernels/aot/reports/<module>.json, under a hash of the kernel's source, the variant and the
 version of Triton: what has not changed is not compiled again. What has is compiled, and the file rewritten, to be committed.
@@ -34,15 +34,11 @@ def compile_report(kernel, signature, constants, arch, divisible_by_16=(), **opt
 
     signature: {argument: "*bf16" | "i32" | "fp32" ...}; what it leaves out is a constexpr, given in `constants`.
     divisible_by_16: names of pointers and integers known to be multiples of 16: vector loads and TMA depend on it.
-    options: num_warps, num_stages, ...
+    options: num_warps, num_stages, ...; products and sums are fused unless they say otherwise, as the launchers ask for.
     Counted: HGMMA and UTCHMMA are the tensor cores of Hopper and Blackwell, HMMA the older and slower ones, UTMALDG the
     bulk copy engine, STL and LDL spills.
     """
-    names = kernel.arg_names
-    full = {name: signature.get(name, "constexpr") for name in names}
-    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16}
-    source = ASTSource(fn=kernel, signature=full, constexprs=constants, attrs=attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    compiled = compile_variant(kernel, signature, constants, arch, divisible_by_16, **options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -59,19 +55,36 @@ def compile_report(kernel, signature, constants, arch, divisible_by_16=(), **opt
     }
 
 
+def compile_variant(kernel, signature, constants, arch, divisible_by_16=(), **options):
+    names = kernel.arg_names
+    full = {name: signature.get(name, "constexpr") for name in names}
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible_by_16}
+    source = ASTSource(fn=kernel, signature=full, constexprs=constants, attrs=attrs)
+    options = {"enable_fp_fusion": True} | options
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
 def disassemble(flag, path):
     return subprocess.run([CUOBJDUMP, flag, path], capture_output=True, text=True, check=True).stdout
 
 
-def report(variant):
+def kernel_and_rest(variant):
     module, function = variant["kernel"].split(":")
-    kernel = getattr(importlib.import_module(module), function)
-    return compile_report(kernel, **{name: value for name, value in variant.items() if name != "kernel"})
+    return getattr(importlib.import_module(module), function), {k: v for k, v in variant.items() if k != "kernel"}
+
+
+def report(variant):
+    kernel, rest = kernel_and_rest(variant)
+    return compile_report(kernel, **rest)
+
+
+def ttgir(variant):
+    kernel, rest = kernel_and_rest(variant)
+    return compile_variant(kernel, **rest).asm["ttgir"]
 
 
 def key(variant):
-    module, function = variant["kernel"].split(":")
-    source = getattr(importlib.import_module(module), function).cache_key  # of all functions that it calls, too
+    source = kernel_and_rest(variant)[0].cache_key  # of all functions that it calls, too
     text = json.dumps([triton.__version__, source, variant], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -101,4 +114,5 @@ def reports(variants):
 
 
 if __name__ == "__main__":
-    json.dump(reports(json.load(sys.stdin)), sys.stdout)
+    variants = json.load(sys.stdin)
+    json.dump([ttgir(variant) for variant in variants] if "--ttgir" in sys.argv else reports(variants), sys.stdout)

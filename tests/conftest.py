@@ -125,9 +125,9 @@ def no_worse():
 def compile_ahead():
     """compile_ahead(variants) -> reports: see aot_report.py; kernels are compiled for GPUs, in a process of its own."""
 
-    def run(variants):
+    def run(variants, *options):
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        command = [sys.executable, str(Path(__file__).with_name("aot_report.py"))]
+        command = [sys.executable, str(Path(__file__).with_name("aot_report.py")), *options]
         done = subprocess.run(command, input=json.dumps(variants), env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout)

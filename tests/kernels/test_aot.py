@@ -1,7 +1,8 @@
 """Triton kernels compiled ahead of time for Ampere, Hopper and Blackwell: nothing spills, shared memory is within limits.
 
 Each op has a file aot/<op>.py whose `variants()` yields arguments of `compile_report` (tests/aot_report.py), without the
-architecture. A variant may say what else must hold: `expect` {instruction: at least so many}, `archs` to leave some out.
+architecture. A variant may say what else must hold on Hopper: `expect` {instruction or "warps": at least so many}, where
+HGMMA also rules HMMA out; `archs` to leave some out.
 """
 
 import importlib.util
@@ -29,6 +30,7 @@ def test_compiles_without_spills(compile_ahead, op):
         if variant["arch"] == 90:
             for instruction, least in expect.items():
                 assert report[instruction] >= least, name
+            assert not ("HGMMA" in expect and report["HMMA"]), name
 
 
 def load(op):

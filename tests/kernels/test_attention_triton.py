@@ -13,7 +13,9 @@ from fastft_kernels.reference import _philox
 
 pytest.importorskip("triton")
 from fastft_kernels.triton import _attention_config as config
+from fastft_kernels.triton import _attention_hopper as hopper
 from fastft_kernels.triton import attention as kernel
+from fastft_kernels.triton import attention_backward
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -37,6 +39,13 @@ AXES = {
     "dlse": [False, True],
     "blocks": [(32, 32, 4, 1), (16, 64, 4, 1), (64, 32, 4, 1)],
 }
+HOPPER_AXES = AXES | {
+    "dtype": [torch.bfloat16, torch.float16],
+    "D": [16, 40, 64, 80, 112, 192, 256],
+    "dropout_p": [0.0],
+    "blocks": [(32, 32, 4, 1), (16, 64, 4, 1), (64, 16, 4, 1)],
+    "heads_first": [False, True],  # how transformers' tensors lie in memory
+}
 
 
 def pairwise(axes, seed=0):
@@ -54,6 +63,7 @@ def pairwise(axes, seed=0):
 
 
 CASES = list(pairwise(AXES))
+HOPPER_CASES = list(pairwise(HOPPER_AXES, seed=1))
 
 
 def name(case):
@@ -78,7 +88,11 @@ def tensors(case):
             sequences["key_lengths"] = (ends - ends // 3).to(DEVICE)
         elif case["layout"] == "left-padded":
             sequences["key_lengths"] = torch.stack([Sk - ends + ends // 3, torch.full_like(ends, Sk)], 1).to(DEVICE)
-    make = lambda shape, heads: torch.randn(*shape, heads, D).to(DEVICE, case["dtype"])
+
+    def make(shape, heads):
+        x = torch.randn(*shape, heads, D).to(DEVICE, case["dtype"])
+        return x.transpose(-2, -3).contiguous().transpose(-2, -3) if case.get("heads_first") else x
+
     return (make(shapes[0], H), make(shapes[1], heads_k), make(shapes[1], heads_k)), sequences
 
 
@@ -141,9 +155,34 @@ def reference_keep(n, m, H, row, head, p, seed):
     return (keep / (1 - _philox.drop_threshold(p) / 65536)).to(DEVICE)
 
 
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """A GPU of compute capability 9.0, or the interpreter in its place, and kernels that are not Hopper's fail."""
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    monkeypatch.setattr(config, "architecture", lambda device: 90)
+    for owner, name in (
+        (kernel, "forward_kernel"),
+        (attention_backward, "dkdv_kernel"),
+        (attention_backward, "dq_kernel"),
+    ):
+        monkeypatch.setattr(owner, name, None)
+
+
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_no_worse_than_pytorch(case, no_worse, monkeypatch):
     monkeypatch.setattr(config, "blocks", lambda *_: case["blocks"])
+    check(case, no_worse)
+
+
+@pytest.mark.parametrize("case", HOPPER_CASES, ids=name)
+def test_no_worse_than_pytorch_on_hopper(case, no_worse, on_hopper, monkeypatch):
+    if DEVICE == "cpu":  # the compiler divides no smaller tiles among warps than those of the tables
+        monkeypatch.setattr(hopper, "blocks", lambda *_: case["blocks"])
+    check(case, no_worse)
+
+
+def check(case, no_worse):
     inputs, sequences = tensors(case)
     if not inputs[0].numel() or not inputs[1].numel():
         pytest.skip("nothing to attend")
@@ -167,3 +206,73 @@ def test_no_worse_than_pytorch(case, no_worse, monkeypatch):
         ("o", "dq", "dk", "dv"), ours[:1] + ours[2:], theirs[:1] + theirs[2:], exact[:1] + exact[2:], strict=True
     ):
         no_worse(label, mine, other, truth, steps=8, scale=terms if label in ("dq", "dk") else 0.0)
+
+
+WIDE = {"lengths": ([150, 1, 130], [150, 9, 130]), "heads": (2, 1), "softcap": None, "dropout_p": 0.0, "dlse": False}
+
+
+@pytest.mark.parametrize("D, mask", [(64, (None, 0)), (128, (None, None))])
+def test_hopper_tables(D, mask, no_worse, on_hopper):
+    check(WIDE | {"dtype": torch.bfloat16, "D": D, "layout": "packed", "mask": mask}, no_worse)
+
+
+@pytest.mark.parametrize("mask", [(1, None), (None, 1), (3, 2)])
+def test_hopper_windows_that_end_with_a_tile(mask, no_worse, on_hopper, monkeypatch):
+    monkeypatch.setattr(hopper, "blocks", lambda *_: (16, 32, 4, 1))
+    check(WIDE | {"lengths": ([51], [51]), "dtype": torch.float16, "D": 16, "layout": "batch", "mask": mask}, no_worse)
+
+
+@pytest.mark.parametrize("where", ["hopper", "elsewhere"])
+@pytest.mark.parametrize("layout", ["packed", "key_lengths", "left-padded"])
+@pytest.mark.parametrize("right", [None, 0])
+def test_what_is_not_seen_may_be_nan(right, layout, where, request):
+    if where == "hopper":
+        request.getfixturevalue("on_hopper")
+    case = {"lengths": ([5, 33, 17], [5, 33, 17]), "heads": (2, 1), "layout": layout, "D": 64, "dtype": torch.bfloat16}
+    inputs, sequences = tensors(case)
+    do = torch.randn_like(inputs[0])
+    settings = (0.125, None, right, None, *sequences.values(), 0.0, None)
+
+    def run():
+        o, lse = kernel.forward(*inputs, *settings)
+        results = o, *kernel.backward(do, None, *inputs, o, lse, *settings)
+        return [torch.cat([x[:5], x[38:]]) for x in results] if layout == "packed" else results
+
+    clean = run()
+    if layout == "packed":
+        for x in (*inputs, do):
+            x[5:38] = float("nan")
+    else:
+        _, k, v = inputs
+        for b, bounds in enumerate(sequences["key_lengths"].tolist()):
+            first, end = (0, bounds) if layout == "key_lengths" else bounds
+            for x in (k, v):
+                x[b, :first] = x[b, end:] = float("nan")
+    for ours, theirs in zip(run(), clean, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def served(**changed):
+    """Whether Hopper's kernels take a causal call, changed in one respect."""
+    q = changed.pop("q", torch.zeros(2, 32, 4, 64, dtype=torch.bfloat16))
+    settings = {"left": None, "right": 0, "softcap": None, "dropout_p": 0.0} | changed
+    left, right, softcap, dropout_p = settings.values()
+    call = config.Call(q, q, q, 0.125, left, right, softcap, None, None, None, dropout_p, torch.tensor(0))
+    return hopper.serves(call)
+
+
+def test_hopper_kernels_serve_what_they_can(monkeypatch):
+    x = torch.zeros(2, 32, 4, 80, dtype=torch.bfloat16)
+    monkeypatch.setattr(config, "architecture", lambda device: 80)
+    assert not served(), "no Hopper GPU"
+    monkeypatch.setattr(config, "architecture", lambda device: 90)
+    assert served() and served(left=16) and served(softcap=30.0) and served(q=x) and served(q=x.half()[..., 8:72])
+    assert not served(dropout_p=0.1)
+    assert not served(q=x.float()), "matrix units take half precision"
+    assert not served(q=x[..., 1:65]) and not served(q=x[..., :1, :60].contiguous()), "steps of 16 bytes"
+    assert not served(q=x[:, :1].expand(2, 32, 4, 80)), "no step of zero"
+    monkeypatch.setattr(hopper, "ENABLED", False)
+    assert not served()
+    monkeypatch.setattr(hopper, "ENABLED", True)
+    monkeypatch.setattr(hopper.triton, "__version__", "4.0.0")
+    assert not served(), "a Triton that it was not compiled by"

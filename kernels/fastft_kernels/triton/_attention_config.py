@@ -3,6 +3,8 @@
 The sizes are the largest that compile without spilling, with every optional part on (tests/kernels/aot/attention.py).
 """
 
+import contextvars
+
 import torch
 import triton
 
@@ -176,6 +178,16 @@ def batched(x, dim=4):
 def strides(*tensors):
     """Strides of batch, row and head, of each."""
     return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def launch(kernel, programs, *arguments, blocks, **constants):
+    """Starts a kernel, with memory for the tensor descriptors that Hopper's write; the caller's own allocator stays."""
+    context = contextvars.copy_context()
+    context.run(
+        triton.set_allocator, lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda")
+    )
+    sizes = dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), blocks, strict=True))
+    context.run(kernel[(programs,)], *arguments, **constants, **sizes, enable_fp_fusion=True)
 
 
 class Call:

@@ -222,3 +222,31 @@ def tanh(x):
     e = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
     large = (1 - e) / (1 + e)
     return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def key_limits(
+    rows,
+    start,
+    q_len,
+    offset,
+    left,
+    right,
+    first,
+    end,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """(low, high, last): queries `rows`, ROWS from `start`, may see none but the keys low ... high - 1; each none after `last`.
+
+    A walk from `low` in tiles of any size that masks by `last` (and LEFT) needs no other bound.
+    """
+    low, high = first, end
+    last = tl.zeros_like(rows) + (end - 1)
+    if LEFT:
+        low = tl.maximum(low, start + offset - left)
+    if RIGHT:
+        high = tl.minimum(high, tl.minimum(start + ROWS, q_len) + offset + right)
+        last = tl.minimum(rows + (offset + right), last)
+    return low, tl.where(start < q_len, high, low), last

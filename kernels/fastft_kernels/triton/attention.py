@@ -5,7 +5,7 @@ o: like q, contiguous; lse: float32, q's shape without D, natural logarithm.
 
 A program computes one tile of queries of one head over all the keys that they may see: scores and exponentials (to base
 2) in float32, the probabilities rounded to v's dtype for their product with v. Tiles that a mask does not cross are
-computed without one. Saved for backward: q, k, v, o, lse. Memory: O(tokens).
+computed without one. Saved for backward: q, k, v, o, lse. Memory: O(tokens). On Hopper: _attention_hopper.py.
 
 FLOPs: forward 4 H D, backward 14 H D per visible score (both passes over the scores compute them again).
 """
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fastft_kernels.triton import _attention_config as config
-from fastft_kernels.triton import attention_backward
+from fastft_kernels.triton import _attention_hopper, attention_backward
 from fastft_kernels.triton._attention_tiles import (
     INFINITY,
     LN2,
@@ -269,11 +269,13 @@ def forward(q, k, v, scale, left, right, softcap, cu_seqlens_q, cu_seqlens_k, ke
     if not k.numel():
         return o.zero_(), lse.fill_(-torch.inf)
     call = config.Call(q, k, v, scale, left, right, softcap, cu_seqlens_q, cu_seqlens_k, key_lengths, dropout_p, seed)
-    block_m, block_n, warps, stages = call.blocks("forward")
-    tiles = call.tiles(call.q, block_m)
+    kernel, blocks = _attention_hopper.choose("forward", forward_kernel, call)
+    tiles = call.tiles(call.q, blocks[0])
     pairs = call.pairs(call.q)
     with torch.cuda.device_of(q):
-        forward_kernel[(tiles * pairs,)](
+        config.launch(
+            kernel,
+            tiles * pairs,
             call.q,
             call.k,
             call.v,
@@ -285,11 +287,8 @@ def forward(q, k, v, scale, left, right, softcap, cu_seqlens_q, cu_seqlens_k, ke
             pairs,
             call.section(call.q.shape[2], pairs),
             *call.numbers,
+            blocks=blocks,
             **call.constants,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            num_warps=warps,
-            num_stages=stages,
         )
     return o, lse
 

@@ -5,7 +5,7 @@
     dv = dropout(p)ᵀ do,   dk = scale * dsᵀ q              _attention_dkdv.py, over all heads that share the keys
     dq = scale * ds k                                      _attention_dq.py
 
-p is computed again from lse. Rounded to the dtype of q: p and ds, for these products.
+p is computed again from lse. Rounded to the dtype of q: p and ds, for these products. On Hopper: _attention_hopper.py.
 """
 
 import torch
@@ -13,12 +13,13 @@ import triton
 import triton.language as tl
 
 from fastft_kernels.triton import _attention_config as config
+from fastft_kernels.triton import _attention_hopper
 from fastft_kernels.triton._attention_dkdv import dkdv_kernel
 from fastft_kernels.triton._attention_dq import dq_kernel
 from fastft_kernels.triton._attention_tiles import INFINITY, LOG2_E, load
 
 
-@triton.jit(do_not_specialize=["q_len"])
+@triton.jit(do_not_specialize=["q_len", "total"])
 def delta_kernel(
     do_ptr,
     o_ptr,
@@ -39,13 +40,17 @@ def delta_kernel(
     lse_row,
     lse_head,
     q_len,
+    total,
     HEADS: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """delta, and lse to base 2, both [pairs, q_len]; for rows that see nothing 0 and +inf, which makes p and ds zero."""
+    """delta, and lse to base 2, both [pairs, total]; for rows that see nothing 0 and +inf, which makes p and ds zero.
+
+    delta is finite, so that p = 0 makes ds zero whatever the row: where it would not be, 0 and NaN, which spoils p instead.
+    """
     tiles = tl.cdiv(q_len, BLOCK_M)
     pair = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = pair // HEADS, pair % HEADS
@@ -60,8 +65,10 @@ def delta_kernel(
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + b * dlse_batch + h * dlse_head + wide * dlse_row, there, other=0.0)
     blind = lse == -INFINITY
-    tl.store(delta_ptr + pair * q_len + rows, tl.where(blind, 0.0, delta), there)
-    tl.store(lse2_ptr + pair * q_len + rows, tl.where(blind, INFINITY, lse * LOG2_E), there)
+    finite = tl.abs(delta) < INFINITY
+    lse2 = tl.where(blind, INFINITY, tl.where(finite, lse * LOG2_E, float("nan")))
+    tl.store(delta_ptr + pair * total + rows, tl.where(finite & ~blind, delta, 0.0), there)
+    tl.store(lse2_ptr + pair * total + rows, lse2, there)
 
 
 def backward(
@@ -89,11 +96,12 @@ def backward(
     call = config.Call(q, k, v, scale, left, right, softcap, cu_seqlens_q, cu_seqlens_k, key_lengths, dropout_p, seed)
     do, o, lse = config.batched(do), config.batched(o), config.batched(lse, 3)
     dlse_there = lse if dlse is None else config.batched(dlse, 3)
-    heads, heads_k, total = call.q.shape[2], call.k.shape[2], call.q.shape[1]
+    heads, heads_k, rows = call.q.shape[2], call.k.shape[2], call.q.shape[1]
     pairs, pairs_k = call.pairs(call.q), call.pairs(call.k)
+    total = triton.cdiv(rows, 4) * 4  # where bulk copies may start: multiples of 16 bytes
     delta, lse2 = q.new_empty(2, pairs, total, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        delta_kernel[(triton.cdiv(total, 64) * pairs,)](
+        delta_kernel[(triton.cdiv(rows, 64) * pairs,)](
             do,
             o,
             dlse_there,
@@ -101,6 +109,7 @@ def backward(
             delta,
             lse2,
             *config.strides(do, o, dlse_there, lse),
+            rows,
             total,
             HEADS=heads,
             HAS_DLSE=dlse is not None,
@@ -108,12 +117,15 @@ def backward(
             BLOCK_D=triton.next_power_of_2(q.shape[-1]),
             BLOCK_M=64,
             num_warps=4,
+            enable_fp_fusion=True,
         )
         # Registers hold both accumulators up to 128 columns; wider heads pay one more product for two launches.
-        for kernel in ("dkdv",) if q.shape[-1] <= 128 else ("dk", "dv"):
-            block_m, block_n, warps, stages = call.blocks(kernel)
-            tiles = call.tiles(call.k, block_n)
-            dkdv_kernel[(tiles * pairs_k,)](
+        for name in ("dkdv",) if q.shape[-1] <= 128 else ("dk", "dv"):
+            kernel, blocks = _attention_hopper.choose(name, dkdv_kernel, call, do)
+            tiles = call.tiles(call.k, blocks[1])
+            config.launch(
+                kernel,
+                tiles * pairs_k,
                 call.q,
                 call.k,
                 call.v,
@@ -130,17 +142,16 @@ def backward(
                 pairs_k,
                 call.section(heads_k, pairs_k),
                 *call.numbers,
+                blocks=blocks,
+                DK="dk" in name,
+                DV="dv" in name,
                 **call.constants,
-                DK="dk" in kernel,
-                DV="dv" in kernel,
-                BLOCK_M=block_m,
-                BLOCK_N=block_n,
-                num_warps=warps,
-                num_stages=stages,
             )
-        block_m, block_n, warps, stages = call.blocks("dq")
-        tiles = call.tiles(call.q, block_m)
-        dq_kernel[(tiles * pairs,)](
+        kernel, blocks = _attention_hopper.choose("dq", dq_kernel, call, do)
+        tiles = call.tiles(call.q, blocks[0])
+        config.launch(
+            kernel,
+            tiles * pairs,
             call.q,
             call.k,
             call.v,
@@ -156,10 +167,7 @@ def backward(
             pairs,
             call.section(heads, pairs),
             *call.numbers,
+            blocks=blocks,
             **call.constants,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            num_warps=warps,
-            num_stages=stages,
         )
     return dq, dk, dv

@@ -154,5 +154,6 @@ def forward(logits, labels, scale, ignore_index, label_smoothing, softcap, z_los
             NEEDS_GRADIENT=needs_gradient,
             BLOCK=block,
             num_warps=max(1, min(WARPS, block // 512)),
+            enable_fp_fusion=True,
         )
     return loss, log_prob, correct, entropy

@@ -37,6 +37,14 @@ def scaled(x, p, seed, scale):
     if x.numel():
         with torch.cuda.device_of(x):
             dropout_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-                x, y, x.numel(), drop_threshold(p), scale, int(seed), BLOCK=BLOCK, num_warps=WARPS
+                x,
+                y,
+                x.numel(),
+                drop_threshold(p),
+                scale,
+                int(seed),
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+                enable_fp_fusion=True,
             )
     return y

@@ -68,7 +68,16 @@ def forward(gate, up, activation):
         gate, up = _rows(gate, up)
         with torch.cuda.device_of(y):
             forward_kernel[_grid(gate)](
-                gate, gate.stride(0), up, up.stride(0), y, gate.shape[1], activation, BLOCK, num_warps=WARPS
+                gate,
+                gate.stride(0),
+                up,
+                up.stride(0),
+                y,
+                gate.shape[1],
+                activation,
+                BLOCK,
+                num_warps=WARPS,
+                enable_fp_fusion=True,
             )
     return y
 
@@ -92,6 +101,7 @@ def backward(dy, gate, up, activation):
                 activation,
                 BLOCK,
                 num_warps=WARPS,
+                enable_fp_fusion=True,
             )
     return dgate, dup
 

@@ -105,6 +105,7 @@ def forward(x, bias, approximate):
             BLOCK_ROWS=block_rows,
             BLOCK_COLS=block_cols,
             num_warps=WARPS,
+            enable_fp_fusion=True,
         )
     return y
 
@@ -137,6 +138,7 @@ def backward(dy, x, bias, approximate, needs_dbias):
             BLOCK_ROWS=block_rows,
             BLOCK_COLS=block_cols,
             num_warps=WARPS,
+            enable_fp_fusion=True,
         )
     return dx, partial.sum(0).to(bias.dtype) if needs_dbias else None
 

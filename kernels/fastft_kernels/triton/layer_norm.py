@@ -187,6 +187,7 @@ def forward(x, weight, bias, eps, residual, dropout_p, seed):
             BLOCK_ROWS=block_rows,
             BLOCK_COLS=block_cols,
             num_warps=warps,
+            enable_fp_fusion=True,
         )
     return y, h, mean, rstd
 
@@ -233,6 +234,7 @@ def backward(dy, dh, h, weight, mean, rstd, dropout_p, seed, needs_dresidual, ne
                 BLOCK_ROWS=block_rows,
                 BLOCK_COLS=block_cols,
                 num_warps=warps,
+                enable_fp_fusion=True,
             )
     else:
         partial = torch.zeros_like(partial)

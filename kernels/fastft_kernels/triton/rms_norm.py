@@ -146,6 +146,7 @@ def forward(x, weight, eps, offset, residual):
             BLOCK_ROWS=block_rows,
             BLOCK_COLS=block_cols,
             num_warps=warps,
+            enable_fp_fusion=True,
         )
     return y, h, rstd
 
@@ -183,6 +184,7 @@ def backward(dy, dh, h, weight, rstd, offset, needs_dweight):
             BLOCK_ROWS=block_rows,
             BLOCK_COLS=block_cols,
             num_warps=warps,
+            enable_fp_fusion=True,
         )
     return dx, partial.sum(0).to(weight.dtype) if needs_dweight else None
 

@@ -208,6 +208,7 @@ def _turn(q, k, cos, sin, head_dim, inverse):
                 HALF=cos.shape[-1] // 2,
                 INVERSE=inverse,
                 num_warps=WARPS,
+                enable_fp_fusion=True,
                 **blocks,
             )
     return q_out, k_out
