@@ -6,6 +6,7 @@
     cudnn       SDPA held to cuDNN, on GPUs
     flex        FlexAttention, compiled, on GPUs; not with --toy
     fastft      what fastft.ops.attention chooses on this machine
+    plain       the same without the kernels that only Hopper GPUs take, on those
 
 All but fastft see a packed batch as the padded one that it replaces. Beside the times stand fastft's TFLOP/s: 4 D per
 visible score forward, 10 D more backward, as FlashAttention counts. The sides take turns while they are measured; each
@@ -24,8 +25,9 @@ import fastft
 from benchmarks._harness import Replay, multiplied_dtype, speedup
 
 GPU = torch.cuda.is_available()
+HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
 DEVICE = "cuda" if GPU else "cpu"
-SIDES = ["eager", "sdpa", "flash", "cudnn", "flex", "fastft"]
+SIDES = ["eager", "sdpa", "flash", "cudnn", "flex", "plain", "fastft"]
 
 replay = Replay()
 
@@ -115,6 +117,20 @@ def flex(case, S):
     return lambda q, k, v, mask, causal, dropout_p: compiled(q, k, v, block_mask=blocks, enable_gqa=gqa)
 
 
+def plain(side):
+    """A side of fastft's, without the kernels that only Hopper GPUs take."""
+    from fastft_kernels.triton import _attention_hopper
+
+    def once(number):
+        _attention_hopper.ENABLED = False
+        try:
+            return side(number)
+        finally:
+            _attention_hopper.ENABLED = True
+
+    return once
+
+
 def sides_of(case, toy):
     """{side: f(round)}."""
     lengths = tuple(min(n, 24) for n in case.lengths[:3]) if toy else case.lengths
@@ -150,6 +166,8 @@ def sides_of(case, toy):
     settings = {"mask": mask, "causal": case.causal, "dropout_p": case.dropout_p}
     sides = {name: run(partial(function, **settings), batch, do_batch) for name, function in theirs.items()}
     sides["fastft"] = run(partial(fastft.ops.attention, **ours), leaves, do)
+    if HOPPER:
+        sides["plain"] = plain(sides["fastft"])
     for name in [name for name in sides if name != "fastft"]:
         try:
             sides[name](0)
