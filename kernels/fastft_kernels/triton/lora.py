@@ -68,6 +68,7 @@ def low_rank(x, lora_a, p, seeds):
             BLOCK_R=config.BLOCK_R,
             num_warps=warps,
             num_stages=stages,
+            enable_fp_fusion=True,
         )
     return down.sum(0).to(x.dtype)
 
@@ -125,6 +126,7 @@ def _gradients(kind, x, v, low, ranks, p, seeds):
             BLOCK_R=config.BLOCK_R,
             num_warps=warps,
             num_stages=stages,
+            enable_fp_fusion=True,
         )
     return down, up.sum(0)
 
@@ -198,6 +200,7 @@ def _products(kind, xs, weights, low, v, ranks, bias, p, seeds):
             GROUP=config.GROUP,
             num_warps=warps,
             num_stages=stages,
+            enable_fp_fusion=True,
         )
     return y
 
