@@ -78,11 +78,17 @@ def lion8bit(params, grads, masters, states, *, lr, betas, weight_decay, code, g
 
 
 def lion(params, grads, masters, ms, *, lr, betas, weight_decay, grad_divisor=1.0):
-    """One step of Lion with a float32 moment, in plain PyTorch: for the small tensors of groups that keep float32 state."""
+    """One step of Lion with a float32 moment, in plain PyTorch: for the small tensors of groups that keep float32 state.
+
+    As in 8 bits, an element whose gradient is not finite stays as it is: the sign of a NaN moment is 0, and it would never
+    move again.
+    """
     for i, p in enumerate(params):
         w, m, g = p if masters is None else masters[i], ms[i], grads[i].to_dense().float() / grad_divisor
-        w.mul_(1 - lr * weight_decay).sub_((m * betas[0] + g * (1 - betas[0])).sign(), alpha=lr)
-        m.mul_(betas[1]).add_(g, alpha=1 - betas[1])
+        sign, moment = (m * betas[0] + g * (1 - betas[0])).sign(), m * betas[1] + g * (1 - betas[1])
+        good = moment.isfinite()
+        w.copy_(torch.where(good, w * (1 - lr * weight_decay) - lr * sign, w))
+        m.copy_(torch.where(good, moment, m))
         if masters is not None:
             p.copy_(w)
 

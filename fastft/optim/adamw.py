@@ -79,7 +79,10 @@ class Fused(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict):
-        """As torch's, except that state keeps its dtype: torch would cast it to the parameter's."""
+        """As torch's, except that state keeps its dtype: torch would cast it to the parameter's.
+
+        Raises ValueError, before anything is changed, for a state that this optimizer cannot go on from.
+        """
         name = type(self).__name__
         if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError(f"{name}: state_dict is {checks.shown(state_dict)} that no optimizer has made")
@@ -87,12 +90,16 @@ class Fused(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
+        own = lambda p, v: v.to(p.device, copy=True, memory_format=torch.contiguous_format) if torch.is_tensor(v) else v
         for i, p in zip(ids, params, strict=True):
             if i in state_dict["state"]:
                 saved = state_dict["state"][i]
-                self.state[p] = {k: v.to(p.device, copy=True) if torch.is_tensor(v) else v for k, v in saved.items()}
+                self.state[p] = {key: own(p, value) for key, value in saved.items()}
                 if "step" in saved:
                     self.state[p]["step"] = int(saved["step"])
+
+    def __setstate__(self, state):  # of a deep copy, too
+        super().__setstate__(state)
         self._remember_groups()
 
     def restore_groups(self):
@@ -105,7 +112,36 @@ class Fused(torch.optim.Optimizer):
         self._own = [(group, {key: group[key] for key in keys if key in group}) for group in self.param_groups]
 
     def _check_saved(self, state_dict):
-        """Raises ValueError, before anything is changed, for a state that this optimizer cannot go on from."""
+        """Kernels take addresses, so a tensor that is missing, short or of another dtype must not get that far."""
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [(p, group) for group in self.param_groups for p in group["params"]]
+        if len(ids) != len(params):
+            return  # torch refuses it
+        for i, (p, group) in zip(ids, params, strict=True):
+            saved = state_dict["state"].get(i)
+            if saved and p.numel():  # what DeepSpeed has swapped to disk is empty
+                self._check_saved_of(i, p, saved, group)
+
+    def _check_saved_of(self, i, p, saved, group):
+        whose = f"{type(self).__name__}: the state saved of parameter {i}"
+        if "step" not in saved:
+            raise ValueError(f"{whose} has no step")
+        expected = self._expected(saved, p.detach().to("meta"), group)
+        if p.dtype != torch.float32:
+            expected["master"] = _zeros(p.detach().to("meta"))
+        # exp_avg_sq: Lion's in a universal checkpoint
+        if foreign := sorted(saved.keys() - expected.keys() - {"step", "exp_avg_sq"}):
+            raise ValueError(f"{whose} has {', '.join(foreign)}, which this optimizer does not hold for {p.dtype}")
+        for name, like in expected.items():
+            value = saved.get(name)
+            is_tensor = torch.is_tensor(value)
+            if not is_tensor or (value.dtype, value.shape) != (like.dtype, like.shape):
+                found = f"{list(value.shape)} of {value.dtype}" if is_tensor else checks.shown(value)
+                raise ValueError(f"{whose} has {name} {found}; it must be {list(like.shape)} of {like.dtype}")
+
+    def _expected(self, saved, p, group):
+        """Tensors like those that a state must hold; p: a tensor without data."""
+        return self._fresh(p, group)
 
 
 class AdamW(Fused):

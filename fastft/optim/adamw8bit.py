@@ -65,27 +65,12 @@ class Quantised(Fused):
             for key in FIXED:
                 if saved.get(key) != group[key]:
                     raise ValueError(f"{name}: the saved state has {key}={saved.get(key)}; this one has {group[key]}")
-        for i, state in state_dict["state"].items():
-            for moment in self.moments:
-                if f"{moment}_codes" in state and state[f"{moment}_codes"].dtype != torch.uint8:
-                    raise ValueError(
-                        f"{name}: the codes saved of parameter {i} are not uint8; they were cast on their way"
-                    )
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if sizes == [len(group["params"]) for group in state_dict["param_groups"]]:
-            self._check_sizes(state_dict)
+        super()._check_saved(state_dict)
 
-    def _check_sizes(self, state_dict):
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params, strict=True):
-            codes = state_dict["state"].get(i, {}).get(f"{self.moments[0]}_codes")
-            blocks = -(-p.numel() // ops.BLOCK)
-            if codes is not None and list(codes.shape) != [blocks, ops.BLOCK]:
-                raise ValueError(
-                    f"{type(self).__name__}: the codes saved of parameter {i} are {list(codes.shape)}; "
-                    f"for {p.numel()} elements they must be {[blocks, ops.BLOCK]}"
-                )
+    def _expected(self, saved, p, group):
+        if group["state_bits"] == 8 and f"{self.moments[0]}_codes" not in saved:
+            return {name: _zeros(p) for name in self.moments}  # of a universal checkpoint
+        return super()._expected(saved, p, group)
 
 
 class AdamW8bit(Quantised):
@@ -96,7 +81,8 @@ class AdamW8bit(Quantised):
     code: `companded` (the default: quadratic and quartic, exact in 0 and in the largest), or `dynamic`, that of bitsandbytes.
 
     A gradient element that is NaN or infinite leaves its weight and its moments as they are, so that it cannot spoil the
-    256 that share a scale. Raises ValueError for hyper-parameters, dtypes or saved states that do not fit.
+    256 that share a scale; with `state_bits=32` it makes them NaN, as in AdamW. Raises ValueError for hyper-parameters, dtypes
+    or saved states that do not fit.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, code="companded"):
@@ -117,7 +103,8 @@ class Lion8bit(Quantised):
 
         w = w - lr (weight_decay w + sign(b1 m + (1 - b1) g))      m = b2 m + (1 - b2) g
 
-    Good learning rates are 3 to 10 times smaller than AdamW's. Arguments and guarantees are those of AdamW8bit.
+    Good learning rates are 3 to 10 times smaller than AdamW's. Arguments and guarantees are those of AdamW8bit,
+    and a gradient that is not finite changes nothing with `state_bits=32` either.
     """
 
     moments = ("exp_avg",)
