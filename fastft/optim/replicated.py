@@ -16,7 +16,8 @@ class Replicated:
     or infinite clips to `max_grad_norm` and updates. DeepSpeed reads two attributes afterwards: `overflow`, True when
     the step was skipped (the schedule then waits too), and `_global_grad_norm`, the norm before clipping.
 
-    accumulate: gradients of low-precision parameters are summed over micro-batches in fp32 rather than in `.grad`.
+    accumulate: gradients of low-precision parameters, and those by rows, are summed over micro-batches in fp32 rather than
+        in `.grad`.
     loss_scale: fp16 only: gradients arrive multiplied by it; halved on overflow, doubled after 1000 good steps
         (Micikevicius et al., 2018, https://arxiv.org/abs/1710.03740).
     """
@@ -31,8 +32,7 @@ class Replicated:
         self._sums = {}
         if accumulate:
             for p in self._parameters():
-                if p.dtype != torch.float32:
-                    p.register_post_accumulate_grad_hook(self._accumulate)
+                p.register_post_accumulate_grad_hook(self._accumulate)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -59,11 +59,16 @@ class Replicated:
             self.loss_scale *= 2
 
     def _accumulate(self, p):
-        if p in self._sums:
-            self._sums[p] += p.grad.float()
-        else:
-            self._sums[p] = p.grad.float()
+        if p.dtype == torch.float32 and not p.grad.is_sparse and p not in self._sums:
+            return
+        total, grad = self._sums.get(p), p.grad.float()
         p.grad = None
+        if total is None:
+            self._sums[p] = row_gradients.summed(grad) if grad.is_sparse else grad
+        elif total.is_sparse and grad.is_sparse:  # each row once: left as they come, rows would pile up
+            self._sums[p] = row_gradients.summed(total + grad)
+        else:
+            self._sums[p] = total.to_dense().add_(grad.to_dense())
 
     def _parameters(self):
         return [p for group in self.param_groups for p in group["params"]]
@@ -93,19 +98,19 @@ class ReplicatedLion8bit(Replicated, Lion8bit):
 def average_over_ranks(grads):
     """{parameter: gradient or None} -> the mean over ranks, without the parameters that no rank has a gradient for.
 
-    Summed in fp32, in buckets; row gradients one by one. A rank that has none for a parameter, because its tokens never met
-    that expert, counts as zero.
+    Summed in fp32, in buckets; row gradients one by one, or as dense ones where a rank's is dense. A rank that has none for a
+    parameter, because its tokens never met that expert, counts as zero.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return {p: row_gradients.summed(g) if g.is_sparse else g for p, g in grads.items() if g is not None}
-    kinds = [0 if g is None else 2 if g.is_sparse else 1 for g in grads.values()]
+    kinds = [0 if g is None else 1 if g.is_sparse else 2 for g in grads.values()]
     kinds = torch.tensor(kinds, dtype=torch.uint8, device=next(iter(grads)).device)
     dist.all_reduce(kinds, op=dist.ReduceOp.MAX)
     kinds = dict(zip(grads, kinds.tolist(), strict=True))
-    averaged = {p: row_gradients.averaged_over_ranks(grads[p], p) for p, kind in kinds.items() if kind == 2}
-    for bucket in buckets([p for p, kind in kinds.items() if kind == 1]):
+    averaged = {p: row_gradients.averaged_over_ranks(grads[p], p) for p, kind in kinds.items() if kind == 1}
+    for bucket in buckets([p for p, kind in kinds.items() if kind == 2]):
         zero = lambda p: torch.zeros(p.numel(), dtype=torch.float32, device=p.device)
-        flat = torch.cat([zero(p) if grads[p] is None else grads[p].reshape(-1).float() for p in bucket])
+        flat = torch.cat([zero(p) if grads[p] is None else grads[p].float().to_dense().reshape(-1) for p in bucket])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
         pieces = flat.split([p.numel() for p in bucket])

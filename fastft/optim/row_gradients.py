@@ -23,7 +23,8 @@ def use_row_gradients(model):
     readers = [p for module in model.modules() for p in module._parameters.values() if p is not None]
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.weight.requires_grad and module.weight.numel() >= MIN_ELEMENTS:
-            module.sparse = sum(p is module.weight for p in readers) == 1
+            # torch scales by frequency in dense gradients only
+            module.sparse = sum(p is module.weight for p in readers) == 1 and not module.scale_grad_by_freq
 
 
 def summed(grad):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from fastft.arguments import Arguments
 from fastft.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from fastft.engine import backward, build_engine, deepspeed_config, init_ranks, leave
+from fastft.optim import average_over_ranks
 from fastft.optim.universal import to_universal
 
 STEPS, CURVES = 3, {}
@@ -156,6 +157,25 @@ def on_another_number_of_ranks(out, stage, optim):
     assert losses[-1] < losses[0], losses
 
 
+def row_gradients(out):
+    """Rows on every rank, on one of them, none anywhere, and rows beside a dense gradient: always the mean."""
+    rank, generator = dist.get_rank(), torch.Generator().manual_seed(0)
+    dense = torch.randn(2, 16, 24, generator=generator)
+    dense[:, 5:] = 0
+    sparse = [part.to_sparse(1) for part in dense]
+    none = torch.sparse_coo_tensor(torch.empty(1, 0, dtype=torch.int64), torch.empty(0, 24), (16, 24))
+    for name, given, whole in (
+        ("all", sparse, dense.mean(0)),
+        ("one", [sparse[0], None], dense[0] / 2),
+        ("no row", [none, none], 0 * dense[0]),
+        ("beside dense", [sparse[0], dense[1]], dense.mean(0)),
+        ("before nothing", [dense[0], none], dense[0] / 2),
+    ):
+        p = torch.nn.Parameter(torch.zeros(16, 24))
+        averaged = average_over_ranks({p: given[rank]})[p]
+        torch.testing.assert_close(averaged.to_dense(), whole, msg=name)
+
+
 def other_optimizer_is_refused(out):
     path = save_checkpoint(engine(1, "adamw_torch", "none", "fp32"), out, TrainState(step=1))
     try:
@@ -185,6 +205,7 @@ CHECKS |= {
         for stage in (1, 2, 3)
     },
     "universal, lion_8bit, stage 1": partial(universal, stage=1, optim="lion_8bit"),
+    "row gradients": row_gradients,
     "another optimizer": other_optimizer_is_refused,
 }
 

@@ -73,6 +73,19 @@ def test_micro_batches_add_up(dtype, accumulate):
     torch.testing.assert_close(tables[0].weight, tables[1].weight, rtol=rounding, atol=rounding)
 
 
+def test_micro_batches_do_not_pile_up():
+    """Each row is held once, however many micro-batches have read it; a dense gradient among them is added."""
+    tables, optimizers = pair(ReplicatedAdamW, accumulate=True)
+    for table, one in zip(tables, optimizers, strict=True):
+        for micro in range(9):
+            feed(table, IDS[0], micro)
+        if table.sparse:
+            assert one._sums[table.weight]._nnz() == len(set(IDS[0])) and table.weight.grad is None
+        table.weight.square().sum().backward()
+        one.step(), one.zero_grad()
+    torch.testing.assert_close(tables[0].weight, tables[1].weight, rtol=1e-6, atol=1e-7)
+
+
 def test_groups_that_keep_float32_moments():
     tables, optimizers = pair(ReplicatedAdamW8bit, group={"state_bits": 32})
     for step, ids in enumerate(IDS):
@@ -92,11 +105,30 @@ def test_bad_rows_touch_nothing():
 def test_only_large_tables_of_one_reader(monkeypatch):
     monkeypatch.setattr(row_gradients, "MIN_ELEMENTS", 100)
     model = nn.ModuleDict({"words": nn.Embedding(20, 5), "types": nn.Embedding(2, 5), "tied": nn.Embedding(20, 5)})
+    model["scaled"] = nn.Embedding(20, 5, scale_grad_by_freq=True)
     model["frozen"] = nn.Embedding(20, 5).requires_grad_(False)
     model["head"] = nn.Linear(5, 20)
     model["head"].weight = model["tied"].weight
     use_row_gradients(model)
     assert [name for name, module in model.items() if getattr(module, "sparse", False)] == ["words"]
+
+
+def test_a_table_that_is_read_by_hand_too():
+    """No module shares it, but a product reads it: torch adds rows and matrix, and the gradient is dense."""
+    tables, optimizers = pair(ReplicatedAdamW)
+    for table, one in zip(tables, optimizers, strict=True):
+        (table(torch.tensor([1, 2])) @ table.weight.T).square().sum().backward()
+        assert not table.weight.grad.is_sparse
+        one.step()
+    torch.testing.assert_close(tables[0].weight, tables[1].weight, rtol=1e-6, atol=1e-7)
+
+
+def test_padding_has_no_gradient():
+    table = nn.Embedding(40, 24, padding_idx=3, sparse=True)
+    optimizer = ReplicatedAdamW(table.parameters(), lr=0.1)
+    feed(table, [3, 3], 0)
+    optimizer.step()
+    assert optimizer._global_grad_norm == 0 and not table.weight[3].any()
 
 
 def test_an_ordinary_optimizer_takes_them_too():
