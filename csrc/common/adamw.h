@@ -7,7 +7,7 @@
 
 namespace fastft {
 
-// What a step has in common for all elements, computed in double and rounded once (fastft_kernels/_adamw.py).
+// What a step has in common for all elements, computed in double and rounded once (`scalars` in reference/adamw.py).
 struct AdamWStep {
   float grad_scale;   // multiplies the gradient: 1 / (loss scale and clipping)
   float decay;        // 1 - lr weight_decay

@@ -12,9 +12,10 @@ namespace fastft {
 //     adamw8bit     numel, weight, gradient, copy, m codes, m absmax, v codes, v absmax
 //     lion8bit      numel, weight, gradient, copy, m codes, m absmax
 //
-// weight, m, v, absmax: float. gradient: of grad_dtype; null, for adamw only, where it is zero. copy: the weight rounded to copy_dtype is written there; null where the weight itself is the
-// parameter. Codes: whole blocks of 256 (common/quantize8.h). Tensors are contiguous, at any address that suits their
-// elements. scalars: the nine of AdamWStep (common/adamw.h). maps: 512 floats, signed and unsigned, or null for Companded.
+// weight, m, v, absmax: float. gradient: of grad_dtype; null, for adamw only, where it is zero. copy: the weight rounded to
+// copy_dtype is written there; null where the weight itself is the parameter. Codes: whole blocks of 256
+// (common/quantize8.h). Tensors are contiguous, at any address that suits their elements. scalars: the nine of AdamWStep
+// (common/adamw.h). maps: 512 floats, signed and unsigned, or null for Companded.
 void adamw(const int64_t* rows, int64_t count, const float* scalars, DType grad_dtype, DType copy_dtype, int threads);
 void adamw8bit(const int64_t* rows, int64_t count, const float* scalars, const float* maps, DType grad_dtype,
                DType copy_dtype, int threads);

@@ -79,8 +79,8 @@ struct ForBlocks {
   }
 };
 
-// Nearly every block has only good numbers, so it is computed without
-// asking, beside the old one; where the largest second moment says otherwise it is computed again, element by element.
+// Nearly every block has only good numbers, so it is computed without asking, beside the old one; where the largest second
+// moment says otherwise it is computed again, element by element.
 template <class Code>
 struct AdamW8bit {
   AdamWStep step;

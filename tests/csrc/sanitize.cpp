@@ -90,6 +90,10 @@ void case_adamw(DType grad, DType copy, const float* maps) {
     dequantize8(v_codes.as<uint8_t>(), v_absmax.as<float>(), v.as<float>(), n, 0, maps, 2);
     quantize8(m.as<float>(), m_codes.as<uint8_t>(), m_absmax.as<float>(), n, 1, maps, 2);
     quantize8(v.as<float>(), v_codes.as<uint8_t>(), v_absmax.as<float>(), n, 0, maps, 2);
+    const int64_t untouched[] = {n, w.address(), 0, 0, m.address(), v.address()};  // neither a gradient nor a copy
+    adamw(untouched, 1, scalars, grad, copy, 2);
+    const int64_t decayed[] = {n, w.address(), 0, c.address(), m.address(), v.address()};
+    adamw(decayed, 1, scalars, grad, copy, 2);
     adamw(wide, 1, scalars, grad, copy, 2);
     const int64_t gradient[] = {n, g.address()};
     double sum;

@@ -27,6 +27,7 @@ def compute(dtype, sizes=SIZES):
     w, m, v = draw(), draw(), [x.abs() for x in draw()]
     kernel.adamw(w, grads, copies, m, v, numbers)
     written = [*w, *m, *v, kernel.square_sum(grads)]
+    written += by_rows(dtype, generator, numbers)
     for maps in (None, dynamic_maps()):
         states = [[kernel8.quantize(x, signed, maps) for x in xs] for xs, signed in ((m, True), (v, False))]
         lists = [[pair[i] for pair in state] for state in states for i in (0, 1)]
@@ -35,6 +36,19 @@ def compute(dtype, sizes=SIZES):
         values = [kernel8.dequantize(c, a, n, True, maps) for c, a, n in zip(*lists[:2], sizes, strict=True)]
         written += [x.clone() for x in (*w, *values)] + [x for part in lists for x in part]
     return written + [c for c in copies if c is not None]
+
+
+def by_rows(dtype, generator, numbers):
+    """What the kernel writes of a table of which few rows have a gradient."""
+    table, m, v = (torch.randn(700, 50, generator=generator).abs() for _ in range(3))
+    rows, copy = (
+        torch.tensor([[0, 1, 400, 699]]),
+        None if dtype == torch.float32 else torch.zeros_like(table, dtype=dtype),
+    )
+    values = torch.randn(4, 50, generator=generator)
+    grad = torch.sparse_coo_tensor(rows, values, table.shape, is_coalesced=True, check_invariants=True)
+    kernel.adamw_by_rows([table], [grad], [copy], [m], [v], numbers)
+    return [table, m, v] if copy is None else [table, m, v, copy]
 
 
 @pytest.fixture
