@@ -63,7 +63,7 @@ def step_limits(config):
 def pytest_terminal_summary(terminalreporter, config):
     result, folder = config.stash[RESULT], config.getoption("--results")
     result["ops"] = _ops(getattr(config, "_benchmarksession", None))
-    if not any(result[kind] for kind in ("jobs", "ops", "ablations", "scaling")):
+    if not any(result[kind] for kind in ("jobs", "ops", "ablations", "scaling", "accuracies")):
         return
     result["ceilings"] = ceilings(config.getoption("--toy"))
     terminalreporter.section("ratios")

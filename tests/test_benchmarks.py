@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -126,3 +127,34 @@ def test_measure_runs_each_side_once_a_round_in_changing_order(benchmarks):
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert len(set(rounds)) > 2
     assert all(len(run["wall"]) == 20 for run in runs.values()), "warming up is not recorded"
+
+
+def test_measure_begins_no_round_when_its_time_is_over(benchmarks):
+    from benchmarks._harness import LEAST_ROUNDS, measure
+
+    runs = measure({"a": abs}, 1000, warmup=2, seconds=0)
+    assert len(runs["a"]["wall"]) == LEAST_ROUNDS
+    assert len(measure({"a": abs}, 20, warmup=2, seconds=60)["a"]["wall"]) == 20
+
+
+@pytest.mark.parametrize(("full", "seconds"), [(False, 20), (True, None)])
+def test_a_full_run_takes_every_pair_of_a_step(benchmarks, full, seconds):
+    from benchmarks.conftest import step_limits
+
+    options = {"--rounds": 7, "--seconds": 2, "--full": full}
+    assert step_limits(SimpleNamespace(getoption=options.get)) == (7, seconds)
+
+
+def test_accuracies_alone_are_a_result(benchmarks, tmp_path):
+    """`pytest benchmarks/test_accuracy.py` keeps what it found, though it compares no times."""
+    from benchmarks import conftest
+
+    result = conftest.new_result()
+    result["accuracies"].append({"job": "a job", "loop": "fastft", "accuracies": [0.5]})
+    options = {"--results": str(tmp_path), "--toy": True}
+    lines = []
+    reporter = SimpleNamespace(section=lines.append, write_line=lines.append)
+    conftest.pytest_terminal_summary(reporter, SimpleNamespace(stash={conftest.RESULT: result}, getoption=options.get))
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["accuracies"] == result["accuracies"]
+    assert any("| a job | fastft | 0.500 |" in line for line in lines)
