@@ -77,10 +77,11 @@ class Replicated:
         return {**super().state_dict(), "loss_scale": [self.loss_scale, self.good_steps]}
 
     def load_state_dict(self, state_dict):
-        scale, good_steps = state_dict["loss_scale"]
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "loss_scale"})
-        if self.dynamic:
-            self.loss_scale, self.good_steps = scale, good_steps
+        """As the optimizer's; a state of the optimizer alone is taken too, and leaves the loss scale as it is."""
+        is_dict = isinstance(state_dict, dict)
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "loss_scale"} if is_dict else state_dict)
+        if self.dynamic and "loss_scale" in state_dict:
+            self.loss_scale, self.good_steps = state_dict["loss_scale"]
 
 
 class ReplicatedAdamW(Replicated, AdamW):

@@ -149,6 +149,17 @@ def test_loss_scale_halves_on_overflow_and_comes_back(monkeypatch):
     assert other.loss_scale == 1024.0
 
 
+def test_a_replicated_optimizer_goes_on_from_the_plain_ones_state():
+    params, others = tensors(torch.float32), tensors(torch.float32)
+    plain, replicated = AdamW(params, lr=1e-2), ReplicatedAdamW(others, lr=1e-2, loss_scale=8.0)
+    with pytest.raises(ValueError, match="ReplicatedAdamW: state_dict is None"):
+        replicated.load_state_dict(None)
+    feed(params, 0)
+    plain.step()
+    replicated.load_state_dict(plain.state_dict())
+    assert replicated.loss_scale == 8.0 and replicated.state[others[0]]["step"] == 1
+
+
 def test_buckets_keep_order_and_limit():
     sizes = [3, 4, 10, 1, 1, 1]
     groups = [[t.numel() for t in bucket] for bucket in buckets([torch.empty(n) for n in sizes], size=7)]
