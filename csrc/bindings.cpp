@@ -10,6 +10,7 @@
 
 #include "common/dtype.h"
 #include "common/isa.h"
+#include "common/matrix.h"
 #include "cpu/adamw.h"
 #include "cpu/gated_activation.h"
 #include "cpu/gelu.h"
@@ -68,12 +69,33 @@ void set_isa(const std::string& name) {
   throw std::invalid_argument("instruction set '" + name + "' is not supported by this CPU; see isas()");
 }
 
+py::list supported_matrices() {
+  py::list names;
+  for (int i = 0; i < kMatrices; ++i)
+    if (supports(static_cast<Matrix>(i))) names.append(kMatrixNames[i]);
+  return names;
+}
+
+void set_matrix(const std::string& name) {
+  for (int i = 0; i < kMatrices; ++i) {
+    if (name == kMatrixNames[i] && supports(static_cast<Matrix>(i))) {
+      active_matrix() = static_cast<Matrix>(i);
+      return;
+    }
+  }
+  throw std::invalid_argument("matrix instructions '" + name + "' are not supported by this CPU; see matrices()");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.def("isas", supported_isas, "Names of the instruction sets this CPU can run, weakest first.");
   module.def("isa", [] { return kIsaNames[static_cast<int>(active_isa())]; }, "The instruction set in use.");
   module.def("set_isa", set_isa, "Uses a weaker instruction set from now on: for tests.");
+
+  module.def("matrices", supported_matrices, "Names of the bfloat16 matrix instructions that can be used here.");
+  module.def("matrix", [] { return kMatrixNames[static_cast<int>(active_matrix())]; }, "Those in use.");
+  module.def("set_matrix", set_matrix, "Uses others from now on: for tests.");
 
   py::dict dtypes;
   for (int i = 0; i < 3; ++i) dtypes[kDTypeNames[i]] = i;

@@ -8,6 +8,7 @@
 #include "common/elementary.h"
 #include "common/parallel.h"
 #include "common/tile.h"
+#include "cpu/attention_pairs.h"
 #include "cpu/attention_tiles.h"
 
 namespace fastft {
@@ -43,7 +44,7 @@ struct Backward {
     float* x = take(scratch, kRows * kKeys);
     float* dx = take(scratch, kRows * kKeys);
     float* slope = take(scratch, kRows * kKeys);
-    Keep keep;
+    Keep<kRows> keep;
 
     std::fill(dq, dq + count * group * width, 0.0f);
     // Where a tile has all the keys of a row, delta is the sum of p dp, without the rounding of o.
@@ -225,7 +226,7 @@ void attention_backward(const AttentionShape* shape, const void* dout, const flo
   const std::unique_ptr<float[]> dq_parts(parts == 1 ? nullptr : new float[parts * size]);
   p.dq_parts = dq_parts.get();
   const std::vector<Unit> units = backward_units(p, parts);
-  run_units<Backward>(p, units, work_of(p), threads);
+  run_units(p, units, work_of(p), threads, in_pairs(p) ? backward_in_pairs() : runner<Backward>());
   if (parts == 1) return;
   with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;

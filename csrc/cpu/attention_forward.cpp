@@ -5,6 +5,7 @@
 
 #include "common/elementary.h"
 #include "common/tile.h"
+#include "cpu/attention_pairs.h"
 #include "cpu/attention_tiles.h"
 
 namespace fastft {
@@ -33,7 +34,7 @@ struct Forward {
     float* kt = take(scratch, kKeys * width);
     float* v = take(scratch, kKeys * width);
     float* scores = take(scratch, kRows * kKeys);
-    Keep keep;
+    Keep<kRows> keep;
 
     std::fill(o, o + count * group * width, 0.0f);
     std::fill(top, top + count * group, -kInfinity);
@@ -166,7 +167,7 @@ void attention_forward(const AttentionShape* shape, const void* q, const void* k
   p.cu_seqlens_q = cu_seqlens_q, p.cu_seqlens_k = cu_seqlens_k, p.key_bounds = key_bounds;
   p.scale = scale, p.softcap = softcap, p.seed = seed, p.dtype = dtype;
   const std::vector<Unit> units = forward_units(p);
-  run_units<Forward>(p, units, work_of(p), threads);
+  run_units(p, units, work_of(p), threads, in_pairs(p) ? forward_in_pairs() : runner<Forward>());
 }
 
 }  // namespace fastft

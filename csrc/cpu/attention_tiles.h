@@ -84,10 +84,12 @@ FASTFT_INLINE int64_t at(const int64_t* strides, int64_t batch, int64_t row, int
   return batch * strides[0] + row * strides[1] + head * strides[2];
 }
 
-FASTFT_INLINE float* take(float*& scratch, int64_t count) {
+// Elements of T, aligned as vectors are.
+template <class T = float>
+FASTFT_INLINE T* take(float*& scratch, int64_t count) {
   float* taken = scratch;
-  scratch += (count + 15) / 16 * 16;
-  return taken;
+  scratch += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 16;
+  return reinterpret_cast<T*>(taken);
 }
 
 // Rows of `from`, which start at `offset`, widened and scaled, as rows of `width` floats: zeros behind each, and where not
@@ -103,8 +105,9 @@ FASTFT_INLINE void widen_rows(const Problem& p, const void* from, int64_t offset
 }
 
 // What dropout keeps of a tile: bit b of bits[c][r] is for row r and key 8 c + b.
+template <int kMostRows>
 struct Keep {
-  uint32_t bits[kKeys / 8][kRows];
+  uint32_t bits[kKeys / 8][kMostRows];
 
   FASTFT_INLINE void draw(const Problem& p, uint32_t row, int64_t rows, int64_t key, int64_t keys, uint32_t head) {
     const uint32_t threshold = static_cast<uint32_t>(p.shape.threshold);
@@ -153,17 +156,25 @@ FASTFT_AVX512 void run_16(const Problem& p, const Unit& unit, float* scratch) {
 }
 #endif
 
-// Runs all units, the threads taking the next one as they become free.
+// How a unit is computed, and in how many floats of memory.
+struct Runner {
+  void (*run)(const Problem& p, const Unit& unit, float* scratch);
+  int64_t (*scratch_of)(const Problem& p, const Unit& unit);
+};
+
 template <template <int> class Body>
-void run_units(const Problem& p, const std::vector<Unit>& units, int64_t work, int threads) {
-  auto run = run_4<Body<4>>;
-  auto scratch_of = Body<4>::scratch;
+Runner runner() {
 #ifdef FASTFT_X86
-  if (vector_width() == 8) run = run_8<Body<8>>, scratch_of = Body<8>::scratch;
-  if (vector_width() == 16) run = run_16<Body<16>>, scratch_of = Body<16>::scratch;
+  if (vector_width() == 16) return {run_16<Body<16>>, Body<16>::scratch};
+  if (vector_width() == 8) return {run_8<Body<8>>, Body<8>::scratch};
 #endif
+  return {run_4<Body<4>>, Body<4>::scratch};
+}
+
+// Runs all units, the threads taking the next one as they become free.
+inline void run_units(const Problem& p, const std::vector<Unit>& units, int64_t work, int threads, Runner runner) {
   int64_t size = 0;
-  for (const Unit& unit : units) size = std::max(size, scratch_of(p, unit));
+  for (const Unit& unit : units) size = std::max(size, runner.scratch_of(p, unit));
   const int64_t count = static_cast<int64_t>(units.size());
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({threads, count, 1 + work / kWorkPerThread}));
 #pragma omp parallel num_threads(static_cast<int>(parts)) if (parts > 1)
@@ -172,7 +183,7 @@ void run_units(const Problem& p, const std::vector<Unit>& units, int64_t work, i
     float* aligned = scratch.get();
     while (reinterpret_cast<uintptr_t>(aligned) % 64) ++aligned;
 #pragma omp for schedule(dynamic) nowait
-    for (int64_t i = 0; i < count; ++i) run(p, units[i], aligned);
+    for (int64_t i = 0; i < count; ++i) runner.run(p, units[i], aligned);
   }
 }
 
