@@ -50,11 +50,11 @@ FASTFT_INLINE void pair_columns(int64_t rows, int64_t width, const BFloat16* fro
 }
 
 // The rows that such pairs were made of.
-FASTFT_INLINE void part_rows(int64_t rows, int64_t cols, const uint32_t* from, BFloat16* to) {
+FASTFT_INLINE void part_rows(int64_t rows, int64_t cols, const uint32_t* from, BFloat16* to, int64_t ld) {
   for (int64_t i = 0; i < rows; i += 2) {
-    const uint32_t* words = from + i / 2 * cols;
-    BFloat16* low = to + i * cols;
-    BFloat16* high = low + cols;
+    const uint32_t* words = from + i / 2 * ld;
+    BFloat16* low = to + i * ld;
+    BFloat16* high = low + ld;
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
       low[j].bits = static_cast<uint16_t>(words[j]);

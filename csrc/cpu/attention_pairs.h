@@ -4,7 +4,7 @@
 // vector beside it, probabilities are the pairs that the next product reads, and o and dq are computed transposed too.
 #pragma once
 
-#include "common/pairs.h"
+#include "common/amx.h"
 #include "cpu/attention_tiles.h"
 
 namespace fastft {
@@ -19,6 +19,8 @@ Runner backward_in_pairs();
 
 // Columns of a padded head: pairs of them are transposed 16 by 16.
 inline int64_t padded_head(const Problem& p) { return (p.shape.head_size + 31) / 32 * 32; }
+
+FASTFT_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A tile: queries begin ... begin + count - 1 against keys key ... key + keys - 1; which of its queries each key is seen by.
 struct PairTile {
@@ -60,7 +62,10 @@ Runner pair_runner() {
 #ifdef FASTFT_X86_BF16
   if (active_matrix() == Matrix::avx512_bf16) return {run_pairs_16<Body<VectorPairs>>, Body<VectorPairs>::scratch};
 #endif
-  return {};
+#ifdef FASTFT_X86_AMX
+  if (active_matrix() == Matrix::amx_bf16) return {run_pairs_16<Body<AmxPairs>>, Body<AmxPairs>::scratch};
+#endif
+  return {run_4<Body<EmulatedPairs>>, Body<EmulatedPairs>::scratch};
 }
 
 }  // namespace fastft

@@ -21,12 +21,12 @@ struct PairBackward {
   }
 
   FASTFT_INLINE void operator()(const Unit& unit, float* scratch) const {
-    const typename Pairs::Scope scope;
+    [[maybe_unused]] const typename Pairs::Scope scope;
     const AttentionShape& s = p.shape;
     const Sequence sequence(p, unit.sequence);
     const int64_t D = s.head_size, width = padded_head(p), count = sequence.queries, group = p.group();
     const int64_t tiles = (count + kQueries - 1) / kQueries, of_tile = width / 2 * kQueries;
-    const int64_t inner = round_up(D), columns = (D + 15) / 16 * 16;
+    const int64_t inner = round_up(D, Pairs::kInner), columns = round_up(D, 16);
     float* dq = take(scratch, tiles * group * width * kQueries);
     uint32_t* q_columns = take<uint32_t>(scratch, tiles * group * of_tile);
     uint32_t* q_rows = take<uint32_t>(scratch, tiles * group * of_tile);
@@ -50,39 +50,41 @@ struct PairBackward {
     BFloat16* staged = reinterpret_cast<BFloat16*>(rows);
     Keep<kQueries> keep;
 
-    std::fill(dq, dq + tiles * group * width * kQueries, 0.0f);
     // Where a tile has all the keys of a row, delta is the sum of p dp, without the rounding of o.
     const bool whole = sequence.keys <= kKeys;
     const float kept = 1.0f - static_cast<float>(s.threshold) / 65536.0f;
     for (int64_t tile = 0; tile < tiles; ++tile)
       for (int64_t g = 0; g < group; ++g) {
         const int64_t i = count * tile / tiles, n = count * (tile + 1) / tiles - i, number = tile * group + g;
-        const int64_t head = unit.head_k * group + g, row = sequence.q_row + i;
+        const int64_t head = unit.head_k * group + g, row = sequence.q_row + i, cols = round_up(n, Pairs::kColumns);
+        float* to = dq + number * width * kQueries;
+        for (int64_t d = 0; d < width; ++d) std::fill(to + d * kQueries, to + d * kQueries + cols, 0.0f);
         const BFloat16* q_from = static_cast<const BFloat16*>(p.q) + at(s.q, sequence.batch, row, head);
-        copy_rows(q_from, s.q[1], D, kQueries, width, staged, 0, n);
-        pair_columns<Pairs::kWidth>(kQueries, width, staged, q_columns + number * of_tile, kQueries);
-        pair_rows(kQueries, width, staged, q_rows + number * of_tile);
+        copy_rows(q_from, s.q[1], D, cols, width, staged, 0, n);
+        pair_columns<Pairs::kWidth>(cols, width, staged, q_columns + number * of_tile, kQueries);
+        pair_rows(cols, width, staged, q_rows + number * of_tile);
         const BFloat16* dout_from = static_cast<const BFloat16*>(p.dout) + at(s.dout, sequence.batch, row, head);
-        copy_rows(dout_from, s.dout[1], D, kQueries, width, staged, 0, n);
-        pair_columns<Pairs::kWidth>(kQueries, width, staged, dout_columns + number * of_tile, kQueries);
-        pair_rows(kQueries, width, staged, dout_rows + number * of_tile);
+        copy_rows(dout_from, s.dout[1], D, cols, width, staged, 0, n);
+        pair_columns<Pairs::kWidth>(cols, width, staged, dout_columns + number * of_tile, kQueries);
+        pair_rows(cols, width, staged, dout_rows + number * of_tile);
         gather(sequence, row, n, head, whole, lse + number * kQueries, delta + number * kQueries);
       }
 
     for (int64_t key = unit.begin; key < unit.end; key += kKeys) {
-      const int64_t keys = std::min<int64_t>(kKeys, unit.end - key), padded = round_up(keys);
+      const int64_t keys = std::min<int64_t>(kKeys, unit.end - key), padded = round_up(keys, Pairs::kInner);
+      const int64_t filled = round_up(keys, Pairs::kColumns);
       const int64_t row = sequence.k_row + key, real = sequence.first - key, end = std::min(keys, sequence.end - key);
       const BFloat16* k_from = static_cast<const BFloat16*>(p.k) + at(s.k, sequence.batch, row, unit.head_k);
-      copy_rows(k_from, s.k[1], D, kKeys, width, k, real, end);
-      pair_columns<Pairs::kWidth>(kKeys, width, k, words, kKeys);
-      part_rows(width, kKeys, words, kt);
+      copy_rows(k_from, s.k[1], D, filled, width, k, real, end);
+      pair_columns<Pairs::kWidth>(filled, width, k, words, kKeys);
+      part_rows(width, filled, words, kt, kKeys);
       const BFloat16* v_from = static_cast<const BFloat16*>(p.v) + at(s.v, sequence.batch, row, unit.head_k);
-      copy_rows(v_from, s.v[1], D, kKeys, width, v, real, end);
-      std::fill(dk, dk + kKeys * width, 0.0f);
-      std::fill(dv, dv + kKeys * width, 0.0f);
+      copy_rows(v_from, s.v[1], D, filled, width, v, real, end);
+      std::fill(dk, dk + filled * width, 0.0f);
+      std::fill(dv, dv + filled * width, 0.0f);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t i = count * tile / tiles, n = count * (tile + 1) / tiles - i;
-        const int64_t cols = (n + Pairs::kColumns - 1) / Pairs::kColumns * Pairs::kColumns;
+        const int64_t cols = round_up(n, Pairs::kColumns);
         const PairTile seen{sequence, i, n, key, keys, s.left, s.right};
         if (seen.none()) continue;
         for (int64_t g = 0; g < group; ++g) {
@@ -119,7 +121,8 @@ struct PairBackward {
     for (int64_t tile = 0; tile < tiles; ++tile)
       for (int64_t g = 0; g < group; ++g) {
         const int64_t i = count * tile / tiles, n = count * (tile + 1) / tiles - i;
-        Tile<Pairs::kWidth>::transpose(width, kQueries, dq + (tile * group + g) * width * kQueries, kQueries, rows, width);
+        Tile<Pairs::kWidth>::transpose(width, round_up(n, Pairs::kColumns), dq + (tile * group + g) * width * kQueries,
+                                       kQueries, rows, width);
         for (int64_t r = 0; r < n; ++r) {
           const int64_t token = sequence.batch * s.queries + sequence.q_row + i + r;
           const int64_t to = (token * s.heads + unit.head_k * group + g) * D;
@@ -130,8 +133,6 @@ struct PairBackward {
         }
       }
   }
-
-  FASTFT_INLINE static int64_t round_up(int64_t n) { return (n + Pairs::kInner - 1) / Pairs::kInner * Pairs::kInner; }
 
   // lse of n rows in powers of 2, infinite where a row sees nothing or is padding; and delta = do . o - dlse, without
   // do . o where it comes from a whole tile.

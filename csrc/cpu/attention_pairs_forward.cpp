@@ -19,7 +19,7 @@ struct PairForward {
   }
 
   FASTFT_INLINE void operator()(const Unit& unit, float* scratch) const {
-    const typename Pairs::Scope scope;
+    [[maybe_unused]] const typename Pairs::Scope scope;
     const AttentionShape& s = p.shape;
     const Sequence sequence(p, unit.sequence);
     const int64_t D = s.head_size, width = padded_head(p), count = unit.end - unit.begin, group = p.group();
@@ -38,37 +38,39 @@ struct PairForward {
     BFloat16* staged = reinterpret_cast<BFloat16*>(rows);
     Keep<kQueries> keep;
 
-    std::fill(o, o + tiles * group * width * kQueries, 0.0f);
     std::fill(top, top + tiles * group * kQueries, -kInfinity);
     std::fill(total, total + tiles * group * kQueries, 0.0f);
     for (int64_t tile = 0; tile < tiles; ++tile)
       for (int64_t g = 0; g < group; ++g) {
         const int64_t i = count * tile / tiles, n = count * (tile + 1) / tiles - i;
+        const int64_t number = tile * group + g, cols = round_up(n, Pairs::kColumns);
         const int64_t from = at(s.q, sequence.batch, sequence.q_row + unit.begin + i, unit.head_k * group + g);
-        copy_rows(static_cast<const BFloat16*>(p.q) + from, s.q[1], D, kQueries, width, staged, 0, n);
-        pair_columns<Pairs::kWidth>(kQueries, width, staged, q + (tile * group + g) * width / 2 * kQueries, kQueries);
+        copy_rows(static_cast<const BFloat16*>(p.q) + from, s.q[1], D, cols, width, staged, 0, n);
+        pair_columns<Pairs::kWidth>(cols, width, staged, q + number * width / 2 * kQueries, kQueries);
+        float* out = o + number * width * kQueries;
+        for (int64_t d = 0; d < width; ++d) std::fill(out + d * kQueries, out + d * kQueries + cols, 0.0f);
       }
     const int64_t low = std::max<int64_t>(0, sequence.low(unit.begin, s.left)) / kKeys * kKeys;
     const int64_t high = sequence.high(unit.end - 1, s.right);
     for (int64_t key = low; key < high; key += kKeys) {
       const int64_t keys = std::min<int64_t>(kKeys, high - key);
-      const int64_t padded = (keys + Pairs::kInner - 1) / Pairs::kInner * Pairs::kInner;
+      const int64_t padded = round_up(keys, Pairs::kInner), filled = round_up(keys, Pairs::kColumns);
       const int64_t row = sequence.k_row + key, real = sequence.first - key;
       const BFloat16* k_from = static_cast<const BFloat16*>(p.k) + at(s.k, sequence.batch, row, unit.head_k);
-      copy_rows(k_from, s.k[1], D, kKeys, width, k, real, keys);
+      copy_rows(k_from, s.k[1], D, filled, width, k, real, keys);
       const BFloat16* v_from = static_cast<const BFloat16*>(p.v) + at(s.v, sequence.batch, row, unit.head_k);
-      copy_rows(v_from, s.v[1], D, kKeys, width, v, real, keys);
-      pair_columns<Pairs::kWidth>(kKeys, width, v, words, kKeys);
-      part_rows(width, kKeys, words, vt);
+      copy_rows(v_from, s.v[1], D, filled, width, v, real, keys);
+      pair_columns<Pairs::kWidth>(filled, width, v, words, kKeys);
+      part_rows(width, filled, words, vt, kKeys);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t i = count * tile / tiles, n = count * (tile + 1) / tiles - i;
-        const int64_t cols = (n + Pairs::kColumns - 1) / Pairs::kColumns * Pairs::kColumns;
+        const int64_t cols = round_up(n, Pairs::kColumns);
         const PairTile seen{sequence, unit.begin + i, n, key, keys, s.left, s.right};
         if (seen.none()) continue;
         for (int64_t g = 0; g < group; ++g) {
           const int64_t number = tile * group + g;
           float* out = o + number * width * kQueries;
-          Pairs::template multiply<false>(padded, cols, round_up(D), k, width, q + number * width / 2 * kQueries, kQueries,
+          Pairs::template multiply<false>(padded, cols, round_up(D, Pairs::kInner), k, width, q + number * width / 2 * kQueries, kQueries,
                                           x, kQueries);
           softmax(seen, padded, cols, x, top + number * kQueries, total + number * kQueries, out);
           if (s.threshold) {
@@ -88,8 +90,6 @@ struct PairForward {
               o + number * width * kQueries, rows);
       }
   }
-
-  FASTFT_INLINE static int64_t round_up(int64_t n) { return (n + Pairs::kInner - 1) / Pairs::kInner * Pairs::kInner; }
 
   // Scores become 2^(score - the largest so far), 0 where they are not seen; what was summed before is rescaled.
   FASTFT_INLINE void softmax(const PairTile& seen, int64_t rows, int64_t cols, float* x, float* top, float* total,
@@ -172,7 +172,7 @@ struct PairForward {
     const AttentionShape& s = p.shape;
     const int64_t D = s.head_size, width = padded_head(p);
     const float kept = 1.0f - static_cast<float>(s.threshold) / 65536.0f;
-    Tile<Pairs::kWidth>::transpose(width, kQueries, o, kQueries, rows, width);
+    Tile<Pairs::kWidth>::transpose(width, round_up(n, Pairs::kColumns), o, kQueries, rows, width);
     for (int64_t r = 0; r < n; ++r) {
       const int64_t row = sequence.q_row + query + r, token = sequence.batch * s.queries + row;
       const bool none = total[r] == 0.0f;
@@ -185,7 +185,12 @@ struct PairForward {
 
 }  // namespace
 
-bool in_pairs(const Problem& p) { return p.dtype == DType::bfloat16 && active_matrix() != Matrix::none; }
+bool in_pairs(const Problem& p) {
+  constexpr int64_t kLeastQueries = 16;  // of a sequence, on average: with fewer, most columns of a tile are padding
+  if (p.dtype != DType::bfloat16 || active_matrix() == Matrix::none) return false;
+  if (active_matrix() == Matrix::emulated) return true;
+  return active_isa() == Isa::avx512 && p.shape.tokens >= kLeastQueries * p.shape.sequences;
+}
 
 Runner forward_in_pairs() { return pair_runner<PairForward>(); }
 

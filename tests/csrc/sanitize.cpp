@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "common/matrix.h"
 #include "common/quantize8.h"
 #include "common/tensor_list.h"
 #include "cpu/adamw.h"
@@ -261,5 +262,10 @@ int main() {
       case_adamw(grad, DType::bfloat16, maps.data());
     }
   }
+  for (int matrix = 0; matrix < kMatrices; ++matrix)
+    if (supports(static_cast<Matrix>(matrix))) {
+      active_matrix() = static_cast<Matrix>(matrix);
+      case_attention(DType::bfloat16);
+    }
   std::puts("clean");
 }

@@ -145,15 +145,42 @@ def compute(q, k, v, do, dlse, settings):
     return o, lse, *kernel.backward(do, dlse, q, k, v, o, lse, *settings)
 
 
+@pytest.fixture
+def use(request):
+    """use(name): bfloat16 by these matrix instructions from now on, until the test is over."""
+    before = extension.C.matrix()
+    request.addfinalizer(lambda: extension.C.set_matrix(before))
+    return extension.C.set_matrix
+
+
 CASES = pairwise(FACTORS)
+# More rows and keys than a tile has, not a multiple of it; heads that fill the pairs of a product and that do not.
+PAIRED = pairwise(FACTORS | {"dtype": [torch.bfloat16], "layout": ["strided"]}, seed=1)
+MATRICES = [name for name in extension.C.matrices() if name != "none"] if extension.C else []
+name_of = lambda case: "-".join(str(x).replace(" ", "") for x in case.values())
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(x).replace(" ", "") for x in case.values()))
+@pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_forward_and_backward(no_worse, case):
+    check(no_worse, case)
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+@pytest.mark.parametrize("case", PAIRED, ids=name_of)
+def test_products_of_pairs(no_worse, use, case, matrix):
+    """P and dS are rounded to bfloat16 there, as the formula in bfloat16 rounds them."""
+    use(matrix)
+    check(no_worse, case, torch.bfloat16)
+
+
+def check(no_worse, case, plain_dtype=torch.float32):
     tensors, settings, others = problem(**case)
     ours = compute(*tensors, settings)
     exact = expected(torch.float64, *tensors, *others)
     plain = expected(torch.float32, *tensors, *others)
+    if plain_dtype != torch.float32:
+        o, _, *gradients = expected(plain_dtype, *tensors, *others)
+        plain = o, plain[1], *gradients
     assert torch.equal(ours[1].isfinite(), exact[1].isfinite())
     finite = exact[1].isfinite()
     if not finite.any():
