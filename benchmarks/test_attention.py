@@ -79,6 +79,10 @@ def cases():
         for length in (16, 64, 256, 1024, 4096):  # the mask that SDPA is fastest with
             for backward in (False, True):
                 yield Case((length,) * max(1, 2048 // length), (4, 4), 64, torch.float32, False, backward)
+        if multiplied_dtype() == torch.bfloat16:
+            yield Case(sentences, (12, 12), 32, torch.bfloat16, False, True, 0.1)
+            for length in (16, 64, 256, 1024, 4096):
+                yield Case((length,) * max(1, 2048 // length), (4, 4), 64, torch.bfloat16, False, True)
 
 
 def eager(q, k, v, mask, causal, dropout_p):

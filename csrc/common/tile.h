@@ -153,7 +153,7 @@ FASTFT_INLINE void transpose_square(const float* from, int64_t ldf, float* to, i
 template <int W>
 FASTFT_INLINE void transpose_square(const float* from, int64_t ldf, float* to, int64_t ldt) {
   for (int i = 0; i < W; ++i)
-    for (int j = 0; j < W; ++j) to[j * ldt + i] = from[i * ldf + j];
+    for (int j = 0; j < W; ++j) std::memcpy(to + j * ldt + i, from + i * ldf + j, sizeof *to);
 }
 #endif
 

@@ -213,9 +213,12 @@ def test_keys_in_parts(no_worse):
         no_worse(name, *result)
 
 
+@pytest.mark.parametrize("matrix", ["none", *MATRICES])
 @pytest.mark.parametrize("case", THREADED.values(), ids=THREADED)
-def test_thread_count_changes_nothing(case):
-    tensors, settings, _ = problem(*case, torch.float32, (None, 0), None, 0.25, True, "strided")
+def test_thread_count_changes_nothing(use, case, matrix):
+    use(matrix)
+    dtype = torch.float32 if matrix == "none" else torch.bfloat16
+    tensors, settings, _ = problem(*case, dtype, (None, 0), None, 0.25, True, "strided")
     before = torch.get_num_threads()
     results = []
     try:
@@ -242,6 +245,24 @@ def test_every_instruction_set(no_worse, isa):
         extension.C.set_isa(best)
     for name, *result in zip(("o", "lse", "dq", "dk", "dv"), ours, plain, exact, strict=True):
         no_worse(name, *result)
+
+
+@pytest.mark.skipif(not MATRICES, reason="no extension")
+def test_matrix_instructions_are_chosen_and_refused(use):
+    """Not for a few queries against many keys, where most of a tile would be padding; never where they are not."""
+    use(MATRICES[-1])
+    with pytest.raises(ValueError, match="'amx' are not supported by this CPU; see matrices()"):
+        use("amx")
+    assert extension.C.matrix() == MATRICES[-1]
+    for queries, differs in ((3, MATRICES[-1] == "emulated"), (40, True)):
+        tensors, settings, _ = problem(
+            ([queries], [200]), None, (2, 2, 64), torch.bfloat16, (None, None), None, 0.0, False, "contiguous"
+        )
+        use(MATRICES[-1])
+        in_pairs = compute(*tensors, settings)
+        use("none")
+        in_floats = compute(*tensors, settings)
+        assert any(not torch.equal(x, y) for x, y in zip(in_pairs, in_floats, strict=True)) == differs
 
 
 def test_dropout_is_the_contract():

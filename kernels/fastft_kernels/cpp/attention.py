@@ -1,7 +1,8 @@
 """Attention on the CPU: Python face of csrc/cpu/attention_*.cpp. Equation: reference/attention.py.
 
 q, o: [B, S, H, D] or [T, H, D]; k, v: [B, S', H', D] or [T', H', D]; lse: float32, q's shape without D. Any strides;
-results are contiguous, but rows of lse are adjacent in memory. float32, bfloat16 or float16, all computed in float32.
+results are contiguous, but rows of lse are adjacent in memory. float32, bfloat16 or float16, all computed in float32; but
+bfloat16 on AVX512-BF16 or AMX in products of bfloat16, P and dS rounded to it, with sums and softmax in float32.
 Saved for backward: q, k, v, o, lse; dropout's mask is drawn again from the seed (reference/_philox.py).
 The numbers do not depend on the thread count; their last bits depend on the instruction set (fused multiply-adds).
 
