@@ -3,6 +3,7 @@
 q, o: [B, S, H, D] or [T, H, D]; k, v: [B, S', H', D] or [T', H', D]; lse: float32, q's shape without D. Any strides;
 results are contiguous, but rows of lse are adjacent in memory. float32, bfloat16 or float16, all computed in float32; but
 bfloat16 on AVX512-BF16 or AMX in products of bfloat16, P and dS rounded to it, with sums and softmax in float32.
+The code for AMX has run on an emulator only, never on a CPU that has it.
 Saved for backward: q, k, v, o, lse; dropout's mask is drawn again from the seed (reference/_philox.py).
 The numbers do not depend on the thread count; their last bits depend on the instruction set (fused multiply-adds).
 
