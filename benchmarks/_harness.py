@@ -68,6 +68,12 @@ def measure(sides, rounds, *, warmup=2, seed=0, between=None, seconds=None):
     return {name: asdict(run) for name, run in runs.items()}
 
 
+def step_limits(config):
+    """(rounds, seconds) of a training step under pytest's options; None: as many seconds as it takes."""
+    rounds, seconds, full = (config.getoption(option) for option in ("--rounds", "--seconds", "--full"))
+    return rounds, None if full else 10 * seconds
+
+
 def timed(function, *args):
     """(seconds, CPU seconds, what it returned) of one call, queued GPU work included."""
     _wait()

@@ -8,7 +8,7 @@ import functools
 
 import pytest
 
-from benchmarks._harness import ceilings, measure, new_result, write_result
+from benchmarks._harness import ceilings, measure, new_result, step_limits, write_result
 from benchmarks.report import render
 
 RESULT = pytest.StashKey[dict]()
@@ -52,12 +52,6 @@ def compare_steps(request):
     """compare_steps(sides, most=..., warmup=2) -> {side: Runs} of whole training steps, as long as the options say."""
     rounds, seconds = step_limits(request.config)
     return lambda sides, most=rounds, warmup=2: measure(sides, min(rounds, most), warmup=warmup, seconds=seconds)
-
-
-def step_limits(config):
-    """(rounds, seconds) of a training step; None: as many seconds as it takes."""
-    rounds, seconds, full = (config.getoption(option) for option in ("--rounds", "--seconds", "--full"))
-    return rounds, None if full else 10 * seconds
 
 
 def pytest_terminal_summary(terminalreporter, config):

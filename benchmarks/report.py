@@ -208,7 +208,8 @@ def summary(results):
     for result, kind in zip(results, kinds, strict=True):
         rows += ["", f"{kind}: `{result['command']}`, {result['date'][:10]}; {machine_line(result['machine'])}."]
     if with_accuracies := [result for result in results if result.get("accuracies")]:
-        rows += ["", _accuracies(with_accuracies[-1]["accuracies"])]
+        newest = with_accuracies[-1]
+        rows += ["", f"On {_kind(newest['machine'])}. {_accuracies(newest['accuracies'])}"]
     return "\n".join(rows)
 
 
@@ -342,12 +343,12 @@ def main(argv=None):
             f"{parser.prog}: no result in {RESULTS}; pytest benchmarks/ --benchmark-only --results {RESULTS} makes one\n",
         )
     read = {path: json.loads(path.read_text(encoding="utf-8")) for path in paths}
-    path, result = max(read.items(), key=lambda item: item[1]["date"])
+    whole = {path: one for path, one in read.items() if {"sentiment", "lora"} <= one["jobs"].keys()} or read
+    path, result = max(whole.items(), key=lambda item: item[1]["date"])
     update(args.readme, render(result))
     newest = {}
-    for one in sorted(read.values(), key=lambda one: one["date"]):
-        if "sentiment" in one["jobs"] and "lora" in one["jobs"]:
-            newest[_kind(one["machine"])] = one
+    for one in sorted(whole.values(), key=lambda one: one["date"]):
+        newest[_kind(one["machine"])] = one
     update(args.summary, summary(newest.values()))
     folder = args.html or path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)

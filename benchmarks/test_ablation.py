@@ -4,7 +4,7 @@ The two jobs of test_training.py, a part at a time, each stage on top of the one
 
     careful     the careful Hugging Face loop (and PEFT) with SDPA
     loop        fastft's loop, engine and optimizer around the same unpatched model
-    + norms     norms, dropout, gated activations, rotary embeddings, products in half precision
+    + layers    norms, dropout, activations, rotary embeddings, products in half precision
     + attention attention, and with it packed rows and their pooling
     + lora      LoRA's products; the LoRA job only
     + loss      the loss from hidden states, without logits; the LoRA job only
@@ -21,12 +21,12 @@ from benchmarks._harness import Replay, peak_bytes, speedup
 
 replay = Replay()
 LATER = ("attention", "pooling", "lora", "loss")
-NORMS = [role for role in fastft.patching.ROLES if role not in LATER]
+LAYERS = [role for role in fastft.patching.ROLES if role not in LATER]
 STAGES = {
     "loop": {"roles": []},
-    "+ norms": {"roles": NORMS},
-    "+ attention": {"roles": [*NORMS, "attention", "pooling"]},
-    "+ lora": {"roles": [*NORMS, "attention", "pooling", "lora"]},
+    "+ layers": {"roles": LAYERS},
+    "+ attention": {"roles": [*LAYERS, "attention", "pooling"]},
+    "+ lora": {"roles": [*LAYERS, "attention", "pooling", "lora"]},
     "+ loss": {"roles": None},
     "+ 8-bit": {"roles": None, "optim": "adamw_8bit"},
 }

@@ -13,8 +13,7 @@ import sys
 import pytest
 
 from benchmarks import _llama, _sentiment, _trainer
-from benchmarks._harness import ROOT, Replay, speedup
-from benchmarks.conftest import step_limits
+from benchmarks._harness import ROOT, Replay, speedup, step_limits
 
 replay = Replay()
 

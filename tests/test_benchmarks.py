@@ -139,7 +139,7 @@ def test_measure_begins_no_round_when_its_time_is_over(benchmarks):
 
 @pytest.mark.parametrize(("full", "seconds"), [(False, 20), (True, None)])
 def test_a_full_run_takes_every_pair_of_a_step(benchmarks, full, seconds):
-    from benchmarks.conftest import step_limits
+    from benchmarks._harness import step_limits
 
     options = {"--rounds": 7, "--seconds": 2, "--full": full}
     assert step_limits(SimpleNamespace(getoption=options.get)) == (7, seconds)

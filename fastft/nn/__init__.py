@@ -1,7 +1,9 @@
 """Drop-in layers over fastft.ops. One file per layer."""
 
 from fastft.nn.attention import FusedAttention
+from fastft.nn.cross_entropy import CrossEntropyLoss
 from fastft.nn.dropout import Dropout
+from fastft.nn.gated_activation import GatedActivation
 from fastft.nn.gelu import GELU
 from fastft.nn.layer_norm import LayerNorm
 from fastft.nn.linear4bit import Linear4bit
@@ -12,8 +14,10 @@ from fastft.nn.rope import RotaryEmbedding
 
 __all__ = [
     "GELU",
+    "CrossEntropyLoss",
     "Dropout",
     "FusedAttention",
+    "GatedActivation",
     "LayerNorm",
     "Linear4bit",
     "LinearCrossEntropyLoss",

@@ -5,7 +5,7 @@
     lion8bit(...)     one moment, in 8 bits
     global_norm(...)  of many tensors at once, accumulated in double
 
-On CUDA, adamw is torch's fused kernel: one launch for all tensors already.
+On CUDA, adamw is torch's fused kernel, one launch for all tensors already, also where Triton's kernels were asked for.
 """
 
 import torch
@@ -38,7 +38,7 @@ def adamw(params, grads, masters, ms, vs, *, lr, betas, eps, weight_decay, step,
     """
     if not params:
         return
-    if params[0].device.type == "cuda" and dispatch.requested() == "auto":
+    if params[0].device.type == "cuda" and dispatch.requested() in ("auto", "triton"):
         return _torch_fused(params, grads, masters, ms, vs, lr, betas, eps, weight_decay, step, grad_divisor)
     backend = dispatch.choose("adamw", params[0], grads[0])
     scalars = reference.scalars(lr, *betas, eps, weight_decay, step, grad_divisor)

@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastft.ops import checks, dispatch
+from fastft_kernels.reference.gated_activation import ACTIVATIONS
 from fastft_kernels.reference.gated_activation import gated_activation as reference
+
+__all__ = ["ACTIVATIONS", "geglu", "swiglu"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

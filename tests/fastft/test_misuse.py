@@ -207,6 +207,18 @@ CASES = {
     "nn.Linear4bit.load": (
         nn.Linear4bit(8, 6).load, lambda: {"codes": four_bits().codes, "state": four_bits().state()}
     ),
+    "nn.GatedActivation": (nn.GatedActivation, lambda: {"activation": "gelu"}),
+    "nn.GatedActivation.forward": (nn.GatedActivation(), lambda: {"gate": T(3, 8), "up": T(3, 8)}),
+    "nn.CrossEntropyLoss": (
+        nn.CrossEntropyLoss,
+        lambda: {
+            "ignore_index": -100, "label_smoothing": 0.1, "softcap": 9.0, "z_loss": 0.1, "reduction": "mean",
+            "return_stats": False, "inplace": True,
+        },
+    ),
+    "nn.CrossEntropyLoss.forward": (
+        nn.CrossEntropyLoss(), lambda: {"logits": T(5, 9), "labels": torch.tensor([0, 1, 2, -100, 7]), "num_items": 3}
+    ),
     "nn.LinearCrossEntropyLoss": (
         nn.LinearCrossEntropyLoss,
         lambda: {

@@ -199,3 +199,17 @@ def test_bad_arguments(change, message):
     leaf, labels = inputs()
     with pytest.raises(ValueError, match=f"cross_entropy: {message}"):
         cross_entropy(**{"logits": 2 * leaf, "labels": labels, **change})
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_layer_is_torchs_with_classes_last(inplace):
+    logits, labels = torch.randn(3, 4, 9), torch.randint(9, (3, 4))
+    labels[0, 0] = -100
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    layer = fastft.nn.CrossEntropyLoss(label_smoothing=0.1, reduction="sum", inplace=inplace)
+    loss = layer(ours * 1, labels)
+    expected = torch.nn.CrossEntropyLoss(label_smoothing=0.1, reduction="sum")(theirs.flatten(0, 1), labels.flatten())
+    loss.backward(), expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert not layer.state_dict()

@@ -70,3 +70,11 @@ def test_bad_input():
         swiglu(gate, up[..., :3])
     with pytest.raises(ValueError, match="swiglu"):
         swiglu(gate, up.half())
+
+
+@pytest.mark.parametrize("activation", OPS)
+def test_the_layer(activation):
+    gate, up = leaves()
+    layer = fastft.nn.GatedActivation(activation)
+    assert torch.equal(layer(gate, up), OPS[activation](gate, up))
+    assert not layer.state_dict() and repr(layer) == f"GatedActivation({activation!r})"
