@@ -17,31 +17,20 @@ W may be an NF4Weight (fastft.ops.nf4): it is read from its 4 bits where the pro
 import contextlib
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastft.ops import checks, dispatch
-from fastft.ops.nf4 import NF4Weight, dense, dequantize_nf4, nf4_linear, product_dtype
+from fastft.ops.lora_arguments import enter, plain
+from fastft.ops.lora_composed import composed
+from fastft.ops.lora_mask import KERNELS, apply_mask
+from fastft.ops.nf4 import NF4Weight, dense, product_dtype
 from fastft_kernels.reference import lora as reference
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _why_not_dtype(x, *_):
-    return None if x.dtype in _DTYPES else f"it computes float32, bfloat16 and float16, and x is {x.dtype}"
-
-
-_KERNELS = dispatch.register("lora", triton=_why_not_dtype, cpp=_why_not_dtype)
-
-
-def _apply_mask(x, p, seed, backend):
-    return getattr(_KERNELS.get(backend), "apply_mask", reference.apply_mask)(x, p, int(seed))
 
 
 def _fused(backend, kernel, *arguments):
     """What this kernel of the backend computes; None where there is none, or it leaves the work to PyTorch's products."""
-    run = getattr(_KERNELS.get(backend), kernel, None)
+    run = getattr(KERNELS.get(backend), kernel, None)
     return None if run is None else run(*arguments)
 
 
@@ -53,7 +42,7 @@ def _group_forward(x, weights, biases, lora_a, lora_b, scales, p, seeds, backend
     S = _fused(backend, "low_rank", rows, [a.to(dtype) for a in lora_a], p, seeds)
     if S is None and p:
         S = torch.cat(
-            [_apply_mask(rows, p, s, backend) @ a.to(dtype).t() for a, s in zip(lora_a, seeds, strict=True)], 1
+            [apply_mask(rows, p, s, backend) @ a.to(dtype).t() for a, s in zip(lora_a, seeds, strict=True)], 1
         )
     elif S is None:
         S = rows @ _stack(lora_a, dtype).t()
@@ -113,7 +102,7 @@ def _das(rows, dlows, p, seeds, backend):
     if das is not None:
         return das
     if p:
-        return [dlow.t() @ _apply_mask(rows, p, seed, backend) for dlow, seed in zip(dlows, seeds, strict=True)]
+        return [dlow.t() @ apply_mask(rows, p, seed, backend) for dlow, seed in zip(dlows, seeds, strict=True)]
     return (torch.cat(dlows, 1).t() @ rows).split([dlow.shape[1] for dlow in dlows])
 
 
@@ -137,7 +126,7 @@ def _branch(dlows, lora_a, p, seeds, backend):
         return torch.cat(dlows, 1) @ _stack(lora_a, dlows[0].dtype)
     if dx is None:
         for dlow, a, seed in zip(dlows, lora_a, seeds, strict=True):
-            branch = _apply_mask(dlow @ a, p, seed, backend)
+            branch = apply_mask(dlow @ a, p, seed, backend)
             dx = (branch.float() if len(dlows) > 1 else branch) if dx is None else dx.add_(branch)
     return dx.to(dlows[0].dtype)
 
@@ -302,13 +291,13 @@ def lora_group(x, layers, *, dropout_p=0.0, seeds=None):
 
     layers: a sequence of (weight, bias, lora_a, lora_b, scale). seeds: a sequence of ints, one for each layer.
     """
-    x, layers, seeds, backend = _enter("lora_group", x, layers, dropout_p, seeds)
+    x, layers, seeds, backend = enter("lora_group", x, layers, dropout_p, seeds)
     if dispatch.requested() == "reference":
         pairs = zip(layers, seeds, strict=True)
-        return [reference.lora_linear(x, *_plain(layer, x), dropout_p, seed) for layer, seed in pairs]
+        return [reference.lora_linear(x, *plain(layer, x), dropout_p, seed) for layer, seed in pairs]
     if torch.compiler.is_compiling() and any(isinstance(layer[0], NF4Weight) for layer in layers):
         pairs = zip(layers, seeds, strict=True)
-        return [_composed(x, *layer, dropout_p, seed, backend) for layer, seed in pairs]
+        return [composed(x, *layer, dropout_p, seed, backend) for layer, seed in pairs]
     weights, biases, lora_a, lora_b, scales = map(list, zip(*layers, strict=True))
     if torch.compiler.is_compiling():
         biases = [_tensor(x, bias) for bias in biases]
@@ -317,130 +306,7 @@ def lora_group(x, layers, *, dropout_p=0.0, seeds=None):
         return list(_Group.apply(x, scales, dropout_p, seeds, backend, *weights, *biases, *lora_a, *lora_b))
 
 
-def _plain(layer, x):
-    """The layer with a tensor of its own for an NF4Weight: what the reference differentiates."""
-    weight, *rest = layer
-    return dequantize_nf4(weight, x.dtype) if isinstance(weight, NF4Weight) else weight, *rest
-
-
-@torch.library.custom_op("fastft::lora_mask", mutates_args=())
-def _mask_op(x: Tensor, p: float, seed: Tensor, backend: str) -> Tensor:
-    return _apply_mask(x, p, seed, backend)
-
-
-@_mask_op.register_fake
-def _(x, p, seed, backend):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _mask_context(ctx, inputs, output):
-    _, ctx.p, seed, ctx.backend = inputs
-    ctx.save_for_backward(seed)
-
-
-_mask_op.register_autograd(
-    lambda ctx, dy: (_mask_op(dy, ctx.p, *ctx.saved_tensors, ctx.backend), None, None, None),
-    setup_context=_mask_context,
-)
-
-
-def _composed(x, weight, bias, lora_a, lora_b, scale, p, seed, backend):
-    """One layer of a 4-bit weight in a compiled graph: frozen product and mask are ops, the rest is compiled."""
-    dropped = _mask_op(x, p, seed, backend) if p else x
-    scale = scale / reference.keep_probability(p)
-    low_rank = F.linear(F.linear(dropped.to(lora_a.dtype), lora_a), lora_b) * scale
-    frozen = nf4_linear(x, weight, bias) if isinstance(weight, NF4Weight) else F.linear(x, weight, bias)
-    return (frozen + low_rank).to(x.dtype)
-
-
 def _as_they_are(x):
     """Products inside in the dtype of their operands. Leaving autocast costs as much as a small product: only where it is."""
     is_autocast = checks.autocasts(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if is_autocast else contextlib.nullcontext()
-
-
-def _enter(op, x, layers, p, seeds, inner=None):
-    """Arguments checked, cast as autocast says, with seeds [layers] and the backend.
-
-    inner: from this layer on, the input is the output of the first one and not x.
-    """
-    checks.tensors(op, x=x)
-    checks.numbers(op, dropout_p=p)
-    layers = _layers(op, layers)
-    if not 0 <= p < 1:
-        raise ValueError(f"{op}: dropout_p is {p}; it must be at least 0 and below 1")
-    if x.dim() == 0 or not x.is_floating_point():
-        raise ValueError(f"{op}: x is {list(x.shape)} of {x.dtype}; it must be [..., in] of a floating dtype")
-    device = x.device.type
-    if checks.autocasts(device):
-        dtype = torch.get_autocast_dtype(device)
-        x = x.to(dtype)
-        cast = lambda W: W if isinstance(W, NF4Weight) else W.to(dtype)
-        layers = [(cast(W), bias, a, b, float(scale)) for W, bias, a, b, scale in layers]
-    else:
-        layers = [(W, bias, a, b, float(scale)) for W, bias, a, b, scale in layers]
-    for i, layer in enumerate(layers):
-        _check(op, x, layers[0][0].shape[0] if inner is not None and i >= inner else x.shape[-1], *layer)
-    if inner is not None and layers[0][0].shape != layers[1][0].shape:
-        shapes = " and ".join(str(list(layer[0].shape)) for layer in layers[:2])
-        raise ValueError(f"{op}: the weights of gate and up are {shapes}; they must have the same shape")
-    if seeds is not None and not isinstance(seeds, (list, tuple, Tensor)):
-        raise TypeError(
-            f"{op}: seeds is {checks.shown(seeds)}; it must be a sequence of ints, one for each layer, or None"
-        )
-    if seeds is not None and len(seeds) != len(layers):
-        raise ValueError(f"{op}: {len(seeds)} seeds for {len(layers)} layers; there must be one for each")
-    if p and seeds is None:
-        seeds = torch.randint(2**63 - 1, (len(layers),), dtype=torch.int64)
-    elif p:
-        for seed in seeds:
-            _check_seed(op, seed)
-        seeds = torch.stack([torch.as_tensor(seed, dtype=torch.int64).cpu() for seed in seeds])
-    else:
-        seeds = torch.zeros(len(layers), dtype=torch.int64)
-    return x, layers, seeds, dispatch.choose("lora", x, *(layer[0] for layer in layers))
-
-
-def _layers(op, layers):
-    wanted = "layers must be one or more of (weight, bias, lora_a, lora_b, scale)"
-    if not isinstance(layers, (list, tuple)) or not layers:
-        raise ValueError(f"{op}: {wanted}, and not {checks.shown(layers)}")
-    for layer in layers:
-        if not isinstance(layer, (list, tuple)) or len(layer) != 5:
-            raise ValueError(f"{op}: {wanted}, and one is {checks.shown(layer)}")
-        weight, bias, lora_a, lora_b, scale = layer
-        checks.tensors(op, lora_a=lora_a, lora_b=lora_b)
-        if not isinstance(weight, NF4Weight):
-            checks.tensors(op, weight=weight)
-        checks.optional_tensors(op, bias=bias)
-        if not isinstance(scale, Tensor) or scale.numel() != 1:
-            checks.numbers(op, scale=scale)
-    return [tuple(layer) for layer in layers]
-
-
-def _check_seed(op, seed):
-    if not isinstance(seed, Tensor):
-        checks.whole_numbers(op, seeds=seed)
-    elif seed.numel() != 1 or seed.is_floating_point() or seed.is_complex():
-        raise ValueError(f"{op}: seeds hold {list(seed.shape)} of {seed.dtype}; each must be one int")
-
-
-def _check(op, x, columns, weight, bias, lora_a, lora_b, scale):
-    fits = len(weight.shape) == 2 and weight.shape[1] == columns and weight.device == x.device
-    if not fits or (weight.dtype != x.dtype and not isinstance(weight, NF4Weight)):
-        raise ValueError(
-            f"{op}: weight is {list(weight.shape)} of {weight.dtype} on {weight.device}; for x {list(x.shape)} of "
-            f"{x.dtype} it must be [out, {columns}] of {x.dtype} on {x.device}"
-        )
-    out = weight.shape[0]
-    if bias is not None and (bias.shape != (out,) or not bias.is_floating_point() or bias.device != x.device):
-        raise ValueError(
-            f"{op}: bias is {list(bias.shape)} of {bias.dtype} on {bias.device}; it must be [{out}], floating, on {x.device}"
-        )
-    rank = lora_a.shape[0] if lora_a.dim() == 2 else 0
-    for name, t, shape in (("lora_a", lora_a, (rank, columns)), ("lora_b", lora_b, (out, rank))):
-        if rank == 0 or t.shape != shape or not t.is_floating_point() or t.device != x.device:
-            raise ValueError(
-                f"{op}: {name} is {list(t.shape)} of {t.dtype} on {t.device}; lora_a must be [r, {columns}] and lora_b "
-                f"[{out}, r] with r at least 1, floating, on {x.device}"
-            )

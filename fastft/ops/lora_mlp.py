@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastft.ops import checks, dispatch, gated_activation, lora
+from fastft.ops.lora_arguments import enter, plain
+from fastft.ops.lora_composed import composed
 from fastft.ops.nf4 import NF4Weight, product_dtype
 from fastft_kernels.reference.gated_activation import ACTIVATIONS, activate
 from fastft_kernels.reference.lora import lora_mlp as reference
@@ -178,11 +180,11 @@ def lora_mlp(x, gate, up, down, *, activation="silu", dropout_p=0.0, seeds=None)
     activation: "silu", "gelu" or "gelu_tanh". seeds: three ints. Everything else as in fastft.ops.lora_linear.
     """
     checks.choice("lora_mlp", ACTIVATIONS, activation=activation)
-    x, layers, seeds, backend = lora._enter("lora_mlp", x, [gate, up, down], dropout_p, seeds, inner=2)
+    x, layers, seeds, backend = enter("lora_mlp", x, [gate, up, down], dropout_p, seeds, inner=2)
     if dispatch.requested() == "reference":
-        return reference(x, *(lora._plain(layer, x) for layer in layers), activation, dropout_p, seeds)
+        return reference(x, *(plain(layer, x) for layer in layers), activation, dropout_p, seeds)
     if torch.compiler.is_compiling() and any(isinstance(layer[0], NF4Weight) for layer in layers):
-        run = lambda x, i: lora._composed(x, *layers[i], dropout_p, seeds[i], backend)
+        run = lambda x, i: composed(x, *layers[i], dropout_p, seeds[i], backend)
         return run(activate(run(x, 0), activation) * run(x, 1), 2)
     weights, biases, lora_a, lora_b, scales = map(list, zip(*layers, strict=True))
     act = activation, dispatch.choose("gated_activation", x, x)
