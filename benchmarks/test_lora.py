@@ -5,6 +5,8 @@
     fastft      the same modules, patched: fastft.ops.lora_group for q, k, v, lora_linear for o, lora_mlp
     frozen      the seven frozen products and SwiGLU alone, the floor
 
+The same four with DoRA: with dropout it takes each frozen product twice, which its floor does not.
+
 Seven linear layers (q, k, v, o, gate, up, down) of 2048 tokens, forward and backward, rank 16, without attention between
 them: q + k + v goes into o. The sides take turns; each test replays the times of its side for the table.
 """
@@ -27,15 +29,16 @@ NAMES = ["q", "k", "v", "o", "gate", "up", "down"]
 replay = Replay()
 
 
-def block(hidden, inner, dropout):
+def block(hidden, inner, dropout, dora=False):
     shapes = [(hidden, hidden)] * 4 + [(hidden, inner)] * 2 + [(inner, hidden)]
     layers = [nn.Linear(*shape, bias=False) for shape in shapes]
     model = nn.ModuleDict(dict(zip(NAMES, layers, strict=True))).to(DEVICE, multiplied_dtype())
-    config = LoraConfig(r=RANK, lora_alpha=32, lora_dropout=dropout, target_modules=NAMES, init_lora_weights=False)
+    settings = {"lora_dropout": dropout, "use_dora": dora, "init_lora_weights": False}
+    config = LoraConfig(r=RANK, lora_alpha=32, target_modules=NAMES, **settings)
     inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-        if "lora_" in name:
+        if "lora_A" in name or "lora_B" in name:
             parameter.data = torch.randn_like(parameter) * parameter.shape[1] ** -0.5 / 4
     return model.train()
 
@@ -54,7 +57,8 @@ def fused(model, dropout):
     def parameters(name):
         layer = model[name]
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        return layer.base_layer.weight, None, a, b, layer.scaling["default"]
+        magnitude = layer.lora_magnitude_vector["default"].weight if layer.lora_magnitude_vector else None
+        return layer.base_layer.weight, None, a, b, layer.scaling["default"], magnitude
 
     def run(x):
         q, k, v = ops.lora_group(x, [parameters(name) for name in "qkv"], dropout_p=dropout)
@@ -64,12 +68,12 @@ def fused(model, dropout):
     return run
 
 
-def sides_of(hidden, inner, dropout, tokens):
+def sides_of(hidden, inner, dropout, dora, tokens):
     """{side: f(round)}."""
     torch.manual_seed(0)
-    model = block(hidden, inner, dropout)
+    model = block(hidden, inner, dropout, dora)
     torch.manual_seed(0)
-    wide = block(hidden, inner, dropout)
+    wide = block(hidden, inner, dropout, dora)
     for name, parameter in wide.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
@@ -98,25 +102,26 @@ def sides_of(hidden, inner, dropout, tokens):
 
 @pytest.fixture(scope="module")
 def runs(request, compare):
-    (hidden, inner), dropout = request.param
+    (hidden, inner), dropout, dora = request.param
     toy, full = (request.config.getoption(option) for option in ("--toy", "--full"))
     if (hidden, inner) != SHAPES[0] and not full:
         pytest.skip(f"{hidden} x {inner} is measured with --full only")
-    sides = sides_of(32, 48, dropout, 16) if toy else sides_of(hidden, inner, dropout, TOKENS)
+    sides = sides_of(32, 48, dropout, dora, 16) if toy else sides_of(hidden, inner, dropout, dora, TOKENS)
     return compare(sides, warmup=1)
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(
     "runs",
-    [(shape, p) for shape in SHAPES for p in (0.0, 0.05)],
+    [(shape, p, dora) for shape in SHAPES for p in (0.0, 0.05) for dora in (False, True)],
     indirect=True,
-    ids=lambda case: f"{case[0]}-{case[1]}",
+    ids=lambda case: f"{case[0]}-{case[1]}{'-dora' * case[2]}",
 )
 @pytest.mark.benchmark(timer=replay.clock)
 def test_lora(request, benchmark, runs, side):
-    (hidden, inner), dropout = request.node.callspec.params["runs"]
+    (hidden, inner), dropout, dora = request.node.callspec.params["runs"]
     size = "toy" if request.config.getoption("--toy") else f"{TOKENS} x {hidden} ({inner})"
-    benchmark.group = f"lora block {size}, {multiplied_dtype()}, dropout {dropout}, forward and backward"
+    method = "dora" if dora else "lora"
+    benchmark.group = f"{method} block {size}, {multiplied_dtype()}, dropout {dropout}, forward and backward"
     benchmark.extra_info["speedup_of_fastft"] = speedup(runs[side]["wall"], runs["fastft"]["wall"])
     replay(benchmark, runs[side]["wall"])

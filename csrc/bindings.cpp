@@ -14,6 +14,7 @@
 #include "cpu/adamw.h"
 #include "cpu/gated_activation.h"
 #include "cpu/gelu.h"
+#include "cpu/dora.h"
 #include "cpu/dropout.h"
 #include "cpu/layer_norm.h"
 #include "cpu/cross_entropy.h"
@@ -120,6 +121,8 @@ PYBIND11_MODULE(_C, module) {
   define(module, "gelu_backward", gelu_backward);
   define(module, "lion8bit", lion8bit);
   define(module, "quantize8", quantize8);
+  define(module, "dora_forward", dora_forward);
+  define(module, "dora_backward", dora_backward);
   define(module, "dropout", dropout);
   define(module, "layer_norm_forward", layer_norm_forward);
   define(module, "layer_norm_backward", layer_norm_backward);

@@ -4,6 +4,8 @@
     lora_group    several such layers of the same x: q, k and v; gate and up
     lora_mlp      down(act(gate(x)) * up(x))
 
+A layer that has a magnitude is DoRA's: fastft/ops/dora.py.
+
 Low rank first: S = x Aᵀ is taken once for all layers of a group, y = scale * S Bᵀ + b is written once, and the frozen
 product is accumulated into it (cuBLAS and oneDNN: beta = 1). Backward takes dS = scale * dy B once, for dA and dx.
 Saved: x, the parameters themselves and S [tokens, sum of r]; by lora_mlp also gate(x) and up(x). Each layer has a dropout
@@ -14,14 +16,12 @@ A and B may be wider than x, as PEFT keeps them: they are rounded to the dtype o
 W may be an NF4Weight (fastft.ops.nf4): it is read from its 4 bits where the product is taken, in forward and backward.
 """
 
-import contextlib
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastft.ops import checks, dispatch
-from fastft.ops.lora_arguments import enter, plain
+from fastft.ops import dispatch, dora
+from fastft.ops.lora_arguments import as_they_are, enter, plain
 from fastft.ops.lora_composed import composed
 from fastft.ops.lora_mask import KERNELS, apply_mask
 from fastft.ops.nf4 import NF4Weight, dense, product_dtype
@@ -79,7 +79,7 @@ def _group_backward(dys, x, S, weights, lora_a, lora_b, scales, p, seeds, backen
             dlows[i], db = both or (dy @ B, None)
         if needs_db[i]:
             db = low.t() @ dy if db is None else db.t()
-            dbs[i] = (db * scales[i]).t().to(lora_b[i].dtype, memory_format=torch.contiguous_format)
+            dbs[i] = (db * scales[i]).t().to(lora_b[i].dtype).contiguous()
         if needs_dweight[i]:
             dweights[i] = (dy.t() @ rows).to(weights[i].dtype)
         if needs_dbias[i]:
@@ -272,41 +272,61 @@ def _tensor(like, t):
     return like.new_empty(0) if t is None else t
 
 
-def lora_linear(x, weight, bias, lora_a, lora_b, scale, *, dropout_p=0.0, seed=None):
-    """y = x Wᵀ + b + scale * drop(x) Aᵀ Bᵀ.
+def lora_linear(x, weight, bias, lora_a, lora_b, scale, magnitude=None, *, dropout_p=0.0, seed=None):
+    """y = x Wᵀ + b + scale * drop(x) Aᵀ Bᵀ; with a magnitude DoRA's, as fastft.ops.dora says.
 
     x: [..., in], any strides; weight: [out, in] of x's dtype, or an NF4Weight; bias: [out] or None; lora_a: [r, in],
-    lora_b: [out, r], any floating dtype; y: [..., out]. Under autocast x, weight and y are cast as in torch's linear.
-    dropout_p: 0 <= p < 1, on the low-rank branch alone. seed: an int that decides the mask; by default it is drawn from
+    lora_b: [out, r], magnitude: [out] or None, any floating dtype; y: [..., out]. Under autocast x, weight and y are cast as
+    in torch's linear.
+    dropout_p: 0 <= p < 1, on the update alone. seed: an int that decides the mask; by default it is drawn from
     torch's CPU generator, so that a recomputation which restores it, as activation checkpointing does, sees the same.
-    Differentiable once in x, weight, bias, lora_a and lora_b (any number of times under fastft.backend("reference")).
+    Differentiable once in x, weight, bias, lora_a, lora_b and magnitude (any number of times under
+    fastft.backend("reference")).
     Raises ValueError for shapes or dtypes that do not fit, BackendError where the backend asked for cannot serve.
     """
-    seeds = None if seed is None else [seed]
-    return lora_group(x, [(weight, bias, lora_a, lora_b, scale)], dropout_p=dropout_p, seeds=seeds)[0]
+    seeds, layer = None if seed is None else [seed], (weight, bias, lora_a, lora_b, scale, magnitude)
+    return lora_group(x, [layer], dropout_p=dropout_p, seeds=seeds)[0]
 
 
 def lora_group(x, layers, *, dropout_p=0.0, seeds=None):
     """[lora_linear(x, *layer) for layer in layers], reading x and writing dx once for all of them.
 
-    layers: a sequence of (weight, bias, lora_a, lora_b, scale). seeds: a sequence of ints, one for each layer.
+    layers: a sequence of (weight, bias, lora_a, lora_b, scale[, magnitude]). seeds: a sequence of ints, one for each layer.
     """
     x, layers, seeds, backend = enter("lora_group", x, layers, dropout_p, seeds)
     if dispatch.requested() == "reference":
         pairs = zip(layers, seeds, strict=True)
         return [reference.lora_linear(x, *plain(layer, x), dropout_p, seed) for layer, seed in pairs]
-    if torch.compiler.is_compiling() and any(isinstance(layer[0], NF4Weight) for layer in layers):
-        pairs = zip(layers, seeds, strict=True)
-        return [composed(x, *layer, dropout_p, seed, backend) for layer, seed in pairs]
-    weights, biases, lora_a, lora_b, scales = map(list, zip(*layers, strict=True))
-    if torch.compiler.is_compiling():
-        biases = [_tensor(x, bias) for bias in biases]
-        return list(_group_op(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds, backend)[:-1])
-    with _as_they_are(x):
-        return list(_Group.apply(x, scales, dropout_p, seeds, backend, *weights, *biases, *lora_a, *lora_b))
+    return run(x, layers, dropout_p, seeds, backend)
 
 
-def _as_they_are(x):
-    """Products inside in the dtype of their operands. Leaving autocast costs as much as a small product: only where it is."""
-    is_autocast = checks.autocasts(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if is_autocast else contextlib.nullcontext()
+def run(x, layers, p, seeds, backend):
+    """[y of each layer], of what `enter` gives, by kernels."""
+    norms = [None if m is None else dora.row_norms(x, W, a, b, scale, m) for W, _, a, b, scale, m in layers]
+    has_magnitude, is_compiling = any(n is not None for n in norms), torch.compiler.is_compiling()
+    if is_compiling and (p and has_magnitude or any(isinstance(layer[0], NF4Weight) for layer in layers)):
+        triples = zip(layers, norms, seeds, strict=True)
+        return [composed(x, *layer, n, p, seed, backend) for layer, n, seed in triples]
+    if p and has_magnitude:
+        triples = zip(layers, norms, seeds.split(1), strict=True)
+        return [_alone(x, layer, n, p, seed, backend) for layer, n, seed in triples]
+    weights, biases, lora_a, lora_b, scales, magnitudes = map(list, zip(*layers, strict=True))
+    inside = [bias if m is None else None for bias, m in zip(biases, magnitudes, strict=True)]
+    if is_compiling:
+        inside = [_tensor(x, bias) for bias in inside]
+        ys = _group_op(x, weights, inside, lora_a, lora_b, scales, p, seeds, backend)[:-1]
+    else:
+        with as_they_are(x):
+            ys = _Group.apply(x, scales, p, seeds, backend, *weights, *inside, *lora_a, *lora_b)
+    return [
+        y if m is None else dora.scaled(y, m, n, bias, backend)
+        for y, m, n, bias in zip(ys, magnitudes, norms, biases, strict=True)
+    ]
+
+
+def _alone(x, layer, norms, p, seed, backend):
+    """One layer of a group that has dropout and a magnitude somewhere."""
+    if norms is None:
+        return run(x, [layer], p, seed, backend)[0]
+    with as_they_are(x):
+        return dora.dropped(x, *layer, norms, p, seed, backend)

@@ -1,5 +1,7 @@
 """What the ops of LoRA take: layers, dropout and seeds, checked and made ready once for all of them."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -24,9 +26,7 @@ def enter(op, x, layers, p, seeds, inner=None):
         dtype = torch.get_autocast_dtype(device)
         x = x.to(dtype)
         cast = lambda W: W if isinstance(W, NF4Weight) else W.to(dtype)
-        layers = [(cast(W), bias, a, b, float(scale)) for W, bias, a, b, scale in layers]
-    else:
-        layers = [(W, bias, a, b, float(scale)) for W, bias, a, b, scale in layers]
+        layers = [(cast(W), *rest) for W, *rest in layers]
     for i, layer in enumerate(layers):
         _check(op, x, layers[0][0].shape[0] if inner is not None and i >= inner else x.shape[-1], *layer)
     if inner is not None and layers[0][0].shape != layers[1][0].shape:
@@ -49,6 +49,12 @@ def enter(op, x, layers, p, seeds, inner=None):
     return x, layers, seeds, dispatch.choose("lora", x, *(layer[0] for layer in layers))
 
 
+def as_they_are(x):
+    """Products inside in the dtype of their operands. Leaving autocast costs as much as a small product: only where it is."""
+    is_autocast = checks.autocasts(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if is_autocast else contextlib.nullcontext()
+
+
 def plain(layer, x):
     """The layer with a tensor of its own for an NF4Weight: what the reference differentiates."""
     weight, *rest = layer
@@ -56,20 +62,22 @@ def plain(layer, x):
 
 
 def _layers(op, layers):
-    wanted = "layers must be one or more of (weight, bias, lora_a, lora_b, scale)"
+    wanted = "layers must be one or more of (weight, bias, lora_a, lora_b, scale[, magnitude])"
     if not isinstance(layers, (list, tuple)) or not layers:
         raise ValueError(f"{op}: {wanted}, and not {checks.shown(layers)}")
+    found = []
     for layer in layers:
-        if not isinstance(layer, (list, tuple)) or len(layer) != 5:
+        if not isinstance(layer, (list, tuple)) or len(layer) not in (5, 6):
             raise ValueError(f"{op}: {wanted}, and one is {checks.shown(layer)}")
-        weight, bias, lora_a, lora_b, scale = layer
+        weight, bias, lora_a, lora_b, scale, magnitude = *layer, *[None] * (6 - len(layer))
         checks.tensors(op, lora_a=lora_a, lora_b=lora_b)
         if not isinstance(weight, NF4Weight):
             checks.tensors(op, weight=weight)
-        checks.optional_tensors(op, bias=bias)
+        checks.optional_tensors(op, bias=bias, magnitude=magnitude)
         if not isinstance(scale, Tensor) or scale.numel() != 1:
             checks.numbers(op, scale=scale)
-    return [tuple(layer) for layer in layers]
+        found.append((weight, bias, lora_a, lora_b, float(scale), magnitude))
+    return found
 
 
 def _check_seed(op, seed):
@@ -79,7 +87,7 @@ def _check_seed(op, seed):
         raise ValueError(f"{op}: seeds hold {list(seed.shape)} of {seed.dtype}; each must be one int")
 
 
-def _check(op, x, columns, weight, bias, lora_a, lora_b, scale):
+def _check(op, x, columns, weight, bias, lora_a, lora_b, scale, magnitude):
     fits = len(weight.shape) == 2 and weight.shape[1] == columns and weight.device == x.device
     if not fits or (weight.dtype != x.dtype and not isinstance(weight, NF4Weight)):
         raise ValueError(
@@ -87,10 +95,11 @@ def _check(op, x, columns, weight, bias, lora_a, lora_b, scale):
             f"{x.dtype} it must be [out, {columns}] of {x.dtype} on {x.device}"
         )
     out = weight.shape[0]
-    if bias is not None and (bias.shape != (out,) or not bias.is_floating_point() or bias.device != x.device):
-        raise ValueError(
-            f"{op}: bias is {list(bias.shape)} of {bias.dtype} on {bias.device}; it must be [{out}], floating, on {x.device}"
-        )
+    for name, t in (("bias", bias), ("magnitude", magnitude)):
+        if t is not None and (t.shape != (out,) or not t.is_floating_point() or t.device != x.device):
+            raise ValueError(
+                f"{op}: {name} is {list(t.shape)} of {t.dtype} on {t.device}; it must be [{out}], floating, on {x.device}"
+            )
     rank = lora_a.shape[0] if lora_a.dim() == 2 else 0
     for name, t, shape in (("lora_a", lora_a, (rank, columns)), ("lora_b", lora_b, (out, rank))):
         if rank == 0 or t.shape != shape or not t.is_floating_point() or t.device != x.device:

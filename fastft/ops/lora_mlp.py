@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastft.ops import checks, dispatch, gated_activation, lora
-from fastft.ops.lora_arguments import enter, plain
-from fastft.ops.lora_composed import composed
+from fastft.ops.lora_arguments import as_they_are, enter, plain
 from fastft.ops.nf4 import NF4Weight, product_dtype
 from fastft_kernels.reference.gated_activation import ACTIVATIONS, activate
 from fastft_kernels.reference.lora import lora_mlp as reference
@@ -176,20 +175,23 @@ _op.register_autograd(_compiled_backward, setup_context=_setup_context)
 def lora_mlp(x, gate, up, down, *, activation="silu", dropout_p=0.0, seeds=None):
     """y = down(act(gate(x)) * up(x)), each layer with its low-rank update.
 
-    x: [..., in]; gate, up: (weight [inner, in], bias, lora_a, lora_b, scale); down: the same with weight [out, inner].
+    x: [..., in]; gate, up: (weight [inner, in], bias, lora_a, lora_b, scale[, magnitude]); down: the same with weight
+    [out, inner]. With magnitudes it is three ops, and what they save.
     activation: "silu", "gelu" or "gelu_tanh". seeds: three ints. Everything else as in fastft.ops.lora_linear.
     """
     checks.choice("lora_mlp", ACTIVATIONS, activation=activation)
     x, layers, seeds, backend = enter("lora_mlp", x, [gate, up, down], dropout_p, seeds, inner=2)
     if dispatch.requested() == "reference":
         return reference(x, *(plain(layer, x) for layer in layers), activation, dropout_p, seeds)
-    if torch.compiler.is_compiling() and any(isinstance(layer[0], NF4Weight) for layer in layers):
-        run = lambda x, i: composed(x, *layers[i], dropout_p, seeds[i], backend)
-        return run(activate(run(x, 0), activation) * run(x, 1), 2)
-    weights, biases, lora_a, lora_b, scales = map(list, zip(*layers, strict=True))
+    is_compiling = torch.compiler.is_compiling()
+    if any(layer[5] is not None or is_compiling and isinstance(layer[0], NF4Weight) for layer in layers):
+        gate, up = lora.run(x, layers[:2], dropout_p, seeds[:2], backend)
+        h = gated_activation._gated("lora_mlp", gate, up, activation)
+        return lora.run(h, layers[2:], dropout_p, seeds[2:], backend)[0]
+    weights, biases, lora_a, lora_b, scales, _ = map(list, zip(*layers, strict=True))
     act = activation, dispatch.choose("gated_activation", x, x)
-    if torch.compiler.is_compiling():
+    if is_compiling:
         biases = [lora._tensor(x, bias) for bias in biases]
         return _op(x, weights, biases, lora_a, lora_b, scales, dropout_p, seeds, *act, backend)[0]
-    with lora._as_they_are(x):
+    with as_they_are(x):
         return _MLP.apply(x, scales, dropout_p, seeds, act, backend, *weights, *biases, *lora_a, *lora_b)

@@ -225,7 +225,9 @@ def shared(weight, dtype):
 
 def dense(weight, dtype):
     """A frozen weight for a product in `dtype`: a tensor, or an NF4Weight, valid until the next one is asked for."""
-    return shared(weight, dtype) if isinstance(weight, NF4Weight) else weight.to(dtype)
+    if not isinstance(weight, NF4Weight):
+        return weight.to(dtype)
+    return _dense_op(*_parts(weight), dtype) if torch.compiler.is_compiling() else shared(weight, dtype)
 
 
 def product_dtype(x):
@@ -293,6 +295,30 @@ def _compiled_backward(ctx, dy):
 _op.register_autograd(_compiled_backward, setup_context=_setup_context)
 
 
+@torch.library.custom_op("fastft::nf4_dequantize", mutates_args=())
+def _dense_op(
+    codes: Tensor,
+    absmax: Tensor,
+    values: Tensor | None,
+    nested: Tensor | None,
+    offset: float,
+    shape: list[int],
+    block: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return dequantize_nf4(_joined(codes, absmax, values, nested, offset, shape, block), dtype)
+
+
+@_dense_op.register_fake
+def _(codes, absmax, values, nested, offset, shape, block, dtype):
+    return codes.new_empty(shape, dtype=dtype)
+
+
+def _parts(weight):
+    values, nested, offset = weight.double or (None, None, 0.0)
+    return weight.codes, weight.absmax, values, nested, offset, list(weight.shape), weight.block
+
+
 def _joined(codes, absmax, values, nested, offset, shape, block):
     double = None if values is None else (values, nested, offset)
     return NF4Weight(codes, absmax, torch.Size(shape), torch.float32, block, double)
@@ -321,8 +347,7 @@ def nf4_linear(x, weight, bias=None):
     is_autocast = checks.autocasts(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if is_autocast else contextlib.nullcontext():
         if torch.compiler.is_compiling():
-            values, nested, offset = weight.double or (None, None, 0.0)
-            y = _op(x, weight.codes, weight.absmax, values, nested, offset, list(weight.shape), weight.block, False)
+            y = _op(x, *_parts(weight), False)
             return y if bias is None else y + bias.to(y.dtype)
         if dispatch.requested() == "reference":
             dtype = product_dtype(x)

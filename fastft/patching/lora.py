@@ -1,5 +1,5 @@
-"""Role `lora`: PEFT's lora.Linear, over whole weights or 4 bits, through fastft.ops.lora_*: alone, as q, k and v of
-attention, or as a gated MLP.
+"""Role `lora`: PEFT's lora.Linear, over whole weights or 4 bits, LoRA or DoRA, through fastft.ops.lora_*: alone, as q, k
+and v of attention, or as a gated MLP.
 
 PEFT may add, switch, merge or disable adapters at any time, so each call looks at the state of its layer; what the ops do
 not compute goes to the layer's own forward. Parameters are read as attributes inside a module's __call__ and saved as the
@@ -122,8 +122,10 @@ def why_not(layer):
     if len(active) != 1:
         return f"{len(active)} of its adapters are active"
     name = active[0]
-    if name in layer.lora_variant:
+    if name in layer.lora_variant and not _is_dora(layer, name):
         return f"its adapter is a variant, {type(layer.lora_variant[name]).__name__}"
+    if layer.ephemeral_gpu_offload:
+        return "its adapter is kept on the CPU (ephemeral_gpu_offload)"
     if layer.lora_bias.get(name):
         return "its adapter has a bias (lora_bias)"
     if type(layer.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
@@ -179,11 +181,20 @@ def _active(layer):
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
+def _is_dora(layer, name):
+    from peft.tuners.lora.dora import DoraLinearLayer
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    holder = layer.lora_magnitude_vector[name] if name in layer.lora_magnitude_vector else None
+    return type(layer.lora_variant[name]) is DoraLinearVariant and type(holder) is DoraLinearLayer
+
+
 def _parameters(layer):
     name = _active(layer)[0]
     base = layer.base_layer
     weight = base.quantized if isinstance(base, Linear4bit) else base.weight
-    return weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    magnitude = layer.lora_magnitude_vector[name].weight if name in layer.lora_variant else None
+    return weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], magnitude
 
 
 def _dropout(layer):

@@ -7,10 +7,11 @@ from torch import nn
 import fastft.nn
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
-def test_starts_as_the_layer_it_wraps_and_merges_to_what_it_became(bias):
+def test_starts_as_the_layer_it_wraps_and_merges_to_what_it_became(bias, use_dora):
     linear = nn.Linear(12, 7, bias)
-    layer = fastft.nn.LoRALinear.from_linear(linear, r=3, lora_alpha=6, use_rslora=True)
+    layer = fastft.nn.LoRALinear.from_linear(linear, r=3, lora_alpha=6, use_rslora=True, use_dora=use_dora)
     x = torch.randn(2, 5, 12)
     torch.testing.assert_close(layer(x), linear(x))
     assert layer.weight is linear.weight and layer.scale == pytest.approx(6 / 3**0.5)
@@ -21,7 +22,7 @@ def test_starts_as_the_layer_it_wraps_and_merges_to_what_it_became(bias):
         layer(x).square().mean().backward()
         optimizer.step()
     moved = {name for name, p in layer.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {"lora_A", "lora_B"}
+    assert moved == {"lora_A", "lora_B"} | ({"lora_magnitude"} if use_dora else set())
     torch.testing.assert_close(layer.merge()(x), layer(x), rtol=1e-5, atol=1e-5)
 
 

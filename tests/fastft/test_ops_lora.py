@@ -132,7 +132,7 @@ class TestTriton:
 
     @pytest.mark.parametrize("p", [0.0, 0.1])
     def test_every_kernel_runs(self, monkeypatch, p):
-        kernel, calls = lora._KERNELS["triton"], []
+        kernel, calls = lora.KERNELS["triton"], []
         for name in ("low_rank", "product", "gradients", "adapter_gradients", "input_gradient"):
             run = getattr(kernel, name)
             monkeypatch.setattr(
@@ -295,6 +295,9 @@ def test_custom_ops_are_sound():
     x, (weight, bias, a, b) = draw(5, 12), layer(7, 12, 3)
     lists = [weight.detach()] * 2, [bias, bias.new_empty(0)], [a, a], [b, b], [0.5, 1.0]
     torch.library.opcheck(lora._group_op, (x, *lists, 0.3, torch.tensor([1, 2]), "reference"))
+    weights, _, *lists = ([t.detach() if isinstance(t, torch.Tensor) else t for t in part] for part in lists)
+    dys, S, rest = [draw(5, 7).detach()] * 2, torch.randn(5, 6), (0.3, torch.tensor([1, 2]), "reference")
+    torch.library.opcheck(lora._group_backward_op, (dys, x.detach(), S, weights, *lists, *rest, [True] * 9))
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])

@@ -34,11 +34,13 @@ def outcomes(launch, arguments, tmp_path_factory):
     cases = {f"fp32-zero{stage}": {"zero_stage": stage} for stage in STAGES}
     cases |= {f"bf16-zero{stage}": {"zero_stage": stage, "bf16": True} for stage in STAGES}
     cases |= {f"lora-zero{stage}": {"zero_stage": stage, **lora} for stage in STAGES}
+    cases |= {f"dora-zero{stage}": {"zero_stage": stage, **lora, "use_dora": True} for stage in (0, 3)}
     cases |= {
         "micro4": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
         "padded": {"packing": False},
         "checkpointing": {"gradient_checkpointing": True, "zero_stage": 3},
         "lora-checkpointing": {"gradient_checkpointing": True, "zero_stage": 3, **lora},
+        "dora-checkpointing": {"gradient_checkpointing": True, "zero_stage": 3, **lora, "use_dora": True},
         "offload": {"zero_stage": 2, "offload_optimizer": "cpu"},
         "row-gradients": {"min_elements_of_row_gradients": 0},
         "row-gradients-bf16": {"min_elements_of_row_gradients": 0, "bf16": True},
@@ -91,8 +93,14 @@ def test_row_gradients_in_bf16(outcomes):
     agree(losses(outcomes["row-gradients-bf16"]), losses(outcomes["bf16-zero0"]), 5e-3)
 
 
-def test_lora_with_checkpointing_under_zero3(outcomes):
-    agree(losses(outcomes["lora-checkpointing"]), losses(outcomes["lora-zero0"]), 1e-4)
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_with_checkpointing_under_zero3(outcomes, kind):
+    agree(losses(outcomes[f"{kind}-checkpointing"]), losses(outcomes[f"{kind}-zero0"]), 1e-4)
+
+
+def test_dora_under_zero3_is_another_run_than_lora(outcomes):
+    agree(losses(outcomes["dora-zero3"]), losses(outcomes["dora-zero0"]), 1e-4)
+    assert losses(outcomes["dora-zero0"]) != losses(outcomes["lora-zero0"])
 
 
 def test_the_rank_count_does_not_change_it(outcomes, alone):

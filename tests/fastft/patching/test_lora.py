@@ -66,9 +66,13 @@ def calls(monkeypatch):
     return counts
 
 
+DORA = pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+
+
+@DORA
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "bert"])
-def test_same_losses_and_gradients(family, peft_model, calls):
-    model = peft_model(family)
+def test_same_losses_and_gradients(family, use_dora, peft_model, calls):
+    model = peft_model(family, use_dora=use_dora)
     expected = step(model)
     report = fastft.patch(model, verbose=False)
     assert_close(step(model), expected)
@@ -79,12 +83,13 @@ def test_same_losses_and_gradients(family, peft_model, calls):
     assert all(torch.equal(a, b) for a, b in zip(step(model), expected, strict=True))
 
 
+@DORA
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_training_follows_peft(dtype, peft_model):
-    """32 steps: the curve is PEFT's to rounding, every adapter parameter moves and nothing else does."""
-    curves = []
+def test_training_follows_peft(dtype, use_dora, peft_model):
+    """32 steps: the curve is PEFT's to rounding, every adapter parameter moves and nothing else does, under PEFT's names."""
+    curves, names = [], []
     for patched in (False, True):
-        model = peft_model(dtype=dtype)
+        model = peft_model(dtype=dtype, use_dora=use_dora)
         if patched:
             fastft.patch(model, verbose=False)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -95,6 +100,9 @@ def test_training_follows_peft(dtype, peft_model):
             optimizer.step()
         moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         assert moved == {name for name in before if "lora_" in name}
+        assert sum("magnitude" in name for name in moved) == 14 * use_dora
+        names.append({name: t.shape for name, t in model.state_dict().items()})
+    assert names[1] == names[0]
     assert curves[1][-1] < 0.8 * curves[1][0]
     assert curves[1] == pytest.approx(curves[0], rel=1e-4 if dtype == torch.float32 else 3e-2)
 
@@ -122,9 +130,10 @@ def test_training_with_triton_follows_peft(peft_model):
     assert curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
-def test_dropout_in_training_alone(peft_model, calls):
+@DORA
+def test_dropout_in_training_alone(use_dora, peft_model, calls):
     """On the fast path, drawn anew each time, with the mean of the layer's outputs unchanged."""
-    model = peft_model(lora_dropout=0.3)
+    model = peft_model(lora_dropout=0.3, use_dora=use_dora)
     model.eval()
     expected = step(model)
     fastft.patch(model, verbose=False)
@@ -139,9 +148,10 @@ def test_dropout_in_training_alone(peft_model, calls):
     assert ((mean - clean).abs() <= 5 * deviation / len(others) ** 0.5 + 1e-6).all()
 
 
+@DORA
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_gradient_checkpointing(p, peft_model):
-    model = peft_model(lora_dropout=p)
+def test_gradient_checkpointing(p, use_dora, peft_model):
+    model = peft_model(lora_dropout=p, use_dora=use_dora)
     fastft.patch(model, verbose=False)
     found = []
     for checkpointing in (False, True):
@@ -162,11 +172,12 @@ STATES = {
 }
 
 
+@DORA
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("patch_first", [False, True])
-def test_states(state, patch_first, peft_model, calls):
+def test_states(state, patch_first, use_dora, peft_model, calls):
     change, falls_back = STATES[state]
-    plain = peft_model(target_modules=TARGETS)
+    plain = peft_model(target_modules=TARGETS, use_dora=use_dora)
     ours = copy.deepcopy(plain)
     if patch_first:
         fastft.patch(ours, verbose=False)
@@ -182,7 +193,7 @@ def test_states(state, patch_first, peft_model, calls):
 
 
 KEPT = {
-    "DoraLinearVariant": {"use_dora": True},
+    "ALoraLinearVariant": {"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"},
     "lora_bias": {"lora_bias": True},
     "output embedding": {"target_modules": ["lm_head"]},
     "class Embedding": {"target_modules": ["embed_tokens"]},
@@ -267,10 +278,11 @@ def test_a_projection_that_somebody_watches_is_called_for_its_own(peft_model, ca
     assert calls["lora_group"] == 1
 
 
-def test_fp32_adapters_on_a_bf16_model(peft_model, calls):
-    model = peft_model(dtype=torch.bfloat16)
+@DORA
+def test_fp32_adapters_on_a_bf16_model(use_dora, peft_model, calls):
+    model = peft_model(dtype=torch.bfloat16, use_dora=use_dora)
     for module in model.modules():
-        if isinstance(module, nn.ModuleDict) and "default" in module and isinstance(module["default"], nn.Linear):
+        if isinstance(module, nn.ModuleDict) and "default" in module:
             module.float()
     fastft.patch(model, verbose=False)
     _, *gradients = step(model)
@@ -278,9 +290,11 @@ def test_fp32_adapters_on_a_bf16_model(peft_model, calls):
     assert calls["lora_mlp"] == 2
 
 
-def test_compiles_into_one_graph(peft_model):
+@DORA
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_compiles_into_one_graph(p, use_dora, peft_model):
     torch.compiler.reset()
-    model = peft_model(lora_dropout=0.1)
+    model = peft_model(lora_dropout=p, use_dora=use_dora)
     fastft.patch(model, verbose=False)
     layer = model.get_base_model().model.layers[0]
     run = torch.compile(lambda x: layer.mlp(x) + layer.self_attn.q_proj(x), backend="aot_eager", fullgraph=True)
