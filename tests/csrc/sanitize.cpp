@@ -15,6 +15,7 @@
 #include "cpu/adamw.h"
 #include "cpu/attention.h"
 #include "cpu/cross_entropy.h"
+#include "cpu/dora.h"
 #include "cpu/dropout.h"
 #include "cpu/gated_activation.h"
 #include "cpu/gelu.h"
@@ -112,6 +113,16 @@ void case_rms_norm(DType dtype) {
     rms_norm_backward(y.as<void>(), cols, nullptr, 0, x.as<void>(), cols, weight.as<void>(), rstd.as<float>(),
                       dx.as<void>(), dweight.as<void>(), rows, cols, offset, dtype, dtype, 2);
   }
+}
+
+void case_dora(DType dtype) {
+  const int64_t rows = 3, cols = 77, n = rows * cols, size = size_of(dtype);
+  Buffer z(n, size, true), u(n, size, true), bias(cols, size, true), gain(cols, 4, true), y(n, size, false);
+  Buffer dz(n, size, false), dgain(cols, 4, false), dbias(cols, 4, false);
+  dora_forward(z.as<void>(), cols, gain.as<void>(), u.as<void>(), cols, gain.as<void>(), bias.as<void>(), y.as<void>(), rows,
+               cols, dtype, dtype, 2);
+  dora_backward(y.as<void>(), cols, z.as<void>(), cols, gain.as<void>(), dz.as<void>(), dgain.as<void>(),
+                dbias.as<void>(), rows, cols, dtype, 2);
 }
 
 // Alone, and with dropout and a residual in front.
@@ -255,6 +266,7 @@ int main() {
       case_dropout(grad);
       case_layer_norm(grad);
       case_rms_norm(grad);
+      case_dora(grad);
       case_nf4(grad);
       case_activations(grad);
       for (DType copy : kDTypes) case_adamw(grad, copy, nullptr);
