@@ -1,6 +1,7 @@
 """Paired measurement: the sides alternate in one process, so that whatever slows the machine slows them alike."""
 
 import datetime
+import functools
 import json
 import math
 import os
@@ -74,13 +75,40 @@ def step_limits(config):
     return rounds, None if full else 10 * seconds
 
 
+def work(dtype, *, moved, flops):
+    """What an op must do at the least, for extra_info: bytes moved to and from memory, floating-point operations, and the dtype
+    of its products. An exponential, a root or a division counts as one operation."""
+    return {"bytes": int(moved), "flops": int(flops), "dtype": str(dtype).removeprefix("torch.")}
+
+
 def timed(function, *args):
-    """(seconds, CPU seconds, what it returned) of one call, queued GPU work included."""
-    _wait()
+    """(seconds, CPU seconds, what it returned) of one call; on a GPU between two of its events, its L2 cache flushed before."""
+    if torch.cuda.is_available():
+        _flush_l2()
+        return _timed_on_gpu(function, *args)
     start, cpu_start = time.perf_counter(), time.process_time()
     value = function(*args)
-    _wait()
     return time.perf_counter() - start, time.process_time() - cpu_start, value
+
+
+def _timed_on_gpu(function, *args):
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _wait()
+    cpu_start = time.process_time()
+    start.record()
+    value = function(*args)
+    end.record()
+    _wait()
+    return start.elapsed_time(end) / 1e3, time.process_time() - cpu_start, value
+
+
+@functools.cache
+def _flushing():
+    return torch.empty(2**28, dtype=torch.uint8, device="cuda")  # several times as large as any L2
+
+
+def _flush_l2():
+    _flushing().zero_()
 
 
 def peak_bytes(function):

@@ -1,4 +1,4 @@
-"""The plots of a report, each a PNG file: bars of ratios, stages of an ablation, scaling curves, shares of a floor."""
+"""The plots of a report, PNG files: bars of ratios, stages of an ablation, scaling curves, shares of a floor, a roofline."""
 
 import statistics
 
@@ -41,6 +41,24 @@ def shares(found, path):
     axes.axvline(1, color="black", linewidth=0.8)
     _rows(axes, list(found))
     axes.set_xlabel("the floor's time over fastft's: 1 is the limit of this machine", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def roofline(points, path):
+    """Share of the matrix rate over FLOPs per byte, under the roofs. points: {name: (FLOPs per byte, _, share, ridge)}."""
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    axes = figure.subplots()
+    intensities = [point[0] for point in points.values()]
+    low, high = min(intensities) / 2, 2 * max(*intensities, *(point[3] for point in points.values()))
+    for ridge in sorted({point[3] for point in points.values()}):
+        axes.plot([low, ridge, high], [low / ridge, 1, 1], color="black", linewidth=0.8)
+    kinds = list(dict.fromkeys(name.split(" ")[0] for name in points))
+    for number, kind in enumerate(kinds):
+        members = [point for name, point in points.items() if name.split(" ")[0] == kind]
+        style = {"marker": "osD^vP*X"[number // 10 % 8], "color": f"C{number % 10}"}
+        axes.scatter([m[0] for m in members], [m[2] for m in members], label=kind, s=22, **style)
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="share of the rate of a large matrix product")
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=110)
 
 

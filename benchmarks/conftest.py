@@ -67,10 +67,13 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def _ops(session):
-    """{group: {side: {"wall": seconds of each round}}} of the groups in which fastft has a rival, jobs left out."""
+    """{group: {side: {"wall": seconds of each round, "work": what `work` says}}} where fastft has a rival, jobs left out."""
     groups = {}
     for bench in session.benchmarks if session else []:
         side = (bench.params or {}).get("side")
         if side and bench.group and "a step of training" not in bench.group and not bench.has_error:
-            groups.setdefault(bench.group, {})[side] = {"wall": list(bench.stats.data)}
+            run = {"wall": list(bench.stats.data)}
+            if "work" in bench.extra_info:
+                run["work"] = bench.extra_info["work"]
+            groups.setdefault(bench.group, {})[side] = run
     return {group: sides for group, sides in groups.items() if "fastft" in sides and len(sides) > 1}

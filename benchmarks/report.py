@@ -61,6 +61,8 @@ def sections(result):
         parts.append((title, _ops(groups), (_plots.bars, groups)))
     if floors := _floors(result.get("ops", {})):
         parts.append(("How close to the floor", FLOOR, (_plots.shares, floors)))
+    if points := _points(result):
+        parts.append(("How close to the machine's ceilings", _rooflines(points), (_plots.roofline, points)))
     parts.append(("Where and how", _where(result), None))
     return parts
 
@@ -251,6 +253,36 @@ def _floors(groups):
         for floor in set(sides) & set(_plots.FLOORS):
             shares[f"{group}: {floor}"] = speedup(sides[floor]["wall"], sides["fastft"]["wall"])[0]
     return shares
+
+
+def _points(result):
+    """{group: (FLOPs per byte, share of the copy's bandwidth, share of the matrix rate, its FLOPs per byte of the copy)}.
+
+    Of fastft, where the benchmark counts its work and the matrix rate of its dtype was measured.
+    """
+    found, points = result.get("ceilings", {}), {}
+    for group, sides in result.get("ops", {}).items():
+        work = sides["fastft"].get("work")
+        rate = work and found.get(f"{work['dtype']}_flop_per_s")
+        if rate:
+            seconds, bandwidth = statistics.median(sides["fastft"]["wall"]), found["copy_bytes_per_s"]
+            shares = work["bytes"] / seconds / bandwidth, work["flops"] / seconds / rate
+            points[group] = (work["flops"] / work["bytes"], *shares, rate / bandwidth)
+    return points
+
+
+def _rooflines(points):
+    rows = [
+        "What fastft reaches of the bandwidth of a large copy and of the rate of a large matrix product, both measured in this "
+        "run. Work is the least that the op must do (an exponential counts as one operation); what fits into a cache may "
+        "move faster than memory.",
+        "",
+        "| op | FLOPs per byte | of the copy's bandwidth | of the matrix rate |",
+        "|---|---|---|---|",
+    ]
+    for group, (intensity, bandwidth, rate, _) in points.items():
+        rows.append(f"| {group} | {intensity:.1f} | {100 * bandwidth:.0f} % | {100 * rate:.0f} % |")
+    return "\n".join(rows)
 
 
 def _ceilings(found):

@@ -13,7 +13,7 @@ visible score forward, 10 D more backward, as FlashAttention counts. The sides t
 test then replays the times of its side for pytest-benchmark's table.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastft
-from benchmarks._harness import Replay, multiplied_dtype, speedup
+from benchmarks._harness import Replay, multiplied_dtype, speedup, work
 
 GPU = torch.cuda.is_available()
 HOPPER = GPU and torch.cuda.get_device_capability() == (9, 0)
@@ -53,6 +53,15 @@ class Case:
     @property
     def uniform(self):
         return len(set(self.lengths)) == 1
+
+    def toy(self):
+        return replace(self, lengths=tuple(min(n, 24) for n in self.lengths[:3]))
+
+    @property
+    def bytes(self):
+        """q, k, v and o; in backward these, their gradients and the o of forward."""
+        tensors = 2 * self.heads[0] + 2 * self.heads[1]
+        return sum(self.lengths) * tensors * self.D * self.dtype.itemsize * (3 if self.backward else 1)
 
     @property
     def flops(self):
@@ -137,7 +146,7 @@ def plain(side):
 
 def sides_of(case, toy):
     """{side: f(round)}."""
-    lengths = tuple(min(n, 24) for n in case.lengths[:3]) if toy else case.lengths
+    lengths = (case.toy() if toy else case).lengths
     case = Case(lengths, case.heads, case.D, case.dtype, case.causal, case.backward, case.dropout_p)
     B, S = len(lengths), max(lengths)
     there = torch.arange(S, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
@@ -203,6 +212,8 @@ def test_attention(request, benchmark, runs, side):
         pytest.skip(f"{side} is not measured here")
     benchmark.group = f"attention {'toy ' if request.config.getoption('--toy') else ''}{case}"
     benchmark.extra_info["speedup_of_fastft"] = speedup(runs[side]["wall"], runs["fastft"]["wall"])
+    size = case.toy() if request.config.getoption("--toy") else case
+    benchmark.extra_info["work"] = work(case.dtype, moved=size.bytes, flops=size.flops)
     if not request.config.getoption("--toy"):
         benchmark.extra_info["tflops"] = case.flops / min(runs[side]["wall"]) / 1e12
     replay(benchmark, runs[side]["wall"])

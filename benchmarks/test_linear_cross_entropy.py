@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks._harness import Replay, multiplied_dtype, speedup
+from benchmarks._harness import Replay, multiplied_dtype, speedup, work
 from fastft.ops import linear_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,4 +109,9 @@ def test_linear_cross_entropy(request, benchmark, runs, side):
     benchmark.group = f"linear_cross_entropy {size}, {multiplied_dtype()}, {head} head, half the labels ignored"
     benchmark.extra_info["speedup_of_fastft"] = speedup(runs[side]["wall"], runs["fastft"]["wall"])
     benchmark.extra_info["peak_mb"] = runs[side]["peak_mb"]
+    rows, hidden, columns = (32, 16, 64) if size == "toy" else (ROWS, HIDDEN, vocabulary)
+    products = 3 if head == "trained" else 2  # over the rows whose label is not ignored
+    dtype, tensors = multiplied_dtype(), products * hidden * (rows + columns)
+    flops = products * 2 * rows // 2 * hidden * columns
+    benchmark.extra_info["work"] = work(dtype, moved=tensors * dtype.itemsize, flops=flops)
     replay(benchmark, runs[side]["wall"])

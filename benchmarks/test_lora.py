@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from benchmarks._harness import Replay, multiplied_dtype, speedup
+from benchmarks._harness import Replay, multiplied_dtype, speedup, work
 from fastft import ops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,5 +123,10 @@ def test_lora(request, benchmark, runs, side):
     size = "toy" if request.config.getoption("--toy") else f"{TOKENS} x {hidden} ({inner})"
     method = "dora" if dora else "lora"
     benchmark.group = f"{method} block {size}, {multiplied_dtype()}, dropout {dropout}, forward and backward"
+    tokens, hidden, inner = (16, 32, 48) if size == "toy" else (TOKENS, hidden, inner)
+    weights = 4 * hidden * hidden + 3 * hidden * inner
+    moved = 2 * weights + 3 * tokens * (8 * hidden + 3 * (hidden + inner))
+    flops = (8 if dora and dropout else 4) * tokens * weights  # forward and the gradient of the input
+    benchmark.extra_info["work"] = work(multiplied_dtype(), moved=moved * multiplied_dtype().itemsize, flops=flops)
     benchmark.extra_info["speedup_of_fastft"] = speedup(runs[side]["wall"], runs["fastft"]["wall"])
     replay(benchmark, runs[side]["wall"])

@@ -7,6 +7,7 @@ Tests that compile kernels ahead of time do so in a process of their own (`compi
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,7 @@ def pytest_report_header():
         f"fastft_kernels: {Path(fastft_kernels.__file__).parent}",
         f"extension: {built}",
         f"torch {torch.__version__}, CUDA {'yes' if torch.cuda.is_available() else 'no'}",
+        f"nvcc: {shutil.which('nvcc') or 'not found, so the CUDA sources are not compiled'}",
     ]
 
 

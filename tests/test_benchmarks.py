@@ -103,7 +103,8 @@ def test_report_replaces_only_what_stands_between_its_marks(session, tmp_path, b
     shown = (tmp_path / "html" / "report.html").read_text()
     assert "<td>fastft</td>" in shown and "|---" not in shown
     plots = [*(tmp_path / "html").glob("*.png")]
-    assert len(plots) > 8  # jobs, ablations, scaling, ops, floors
+    assert len(plots) > 10  # jobs, ablations, scaling, ops, floors, roofline
+    assert any("ceilings" in plot.name for plot in plots)
     for plot in plots:
         assert f'src="{plot.name}"' in shown and plot.read_bytes().startswith(b"\x89PNG")
 
