@@ -48,7 +48,15 @@ def jemalloc_sides(request, tmp_path_factory, result):
         pytest.skip("jemalloc is not installed")
     out = tmp_path_factory.mktemp("jemalloc") / "job.json"
     command = [sys.executable, "-m", "benchmarks._sentiment", str(request.config.getoption("--rounds")), str(out)]
-    env = {**os.environ, "LD_PRELOAD": library}
+    launchers = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )  # set by the Trainer
+    env = {name: value for name, value in os.environ.items() if name not in launchers} | {"LD_PRELOAD": library}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if "is missing" in done.stderr:
         pytest.skip("the model or the data is missing")

@@ -131,6 +131,27 @@ def test_training_with_triton_follows_peft(peft_model):
 
 
 @DORA
+def test_training_with_dropout_follows_peft_in_distribution(use_dora, peft_model):
+    """Losses of the last of 32 steps over a few seeds: their means differ by no more than their spread allows."""
+    ends = {}
+    for patched in (False, True):
+        ends[patched] = []
+        for seed in range(6):
+            model = peft_model(lora_dropout=0.3, use_dora=use_dora)
+            if patched:
+                fastft.patch(model, verbose=False)
+            torch.manual_seed(seed)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+            for _ in range(32):
+                loss = step(model)[0].item()
+                optimizer.step()
+            ends[patched].append(loss)
+    theirs, ours = (torch.tensor(ends[patched]) for patched in (False, True))
+    assert ours.std() > 0 and ours.max() < 4  # the first loss is that of guessing, log(99)
+    assert (ours.mean() - theirs.mean()).abs() <= 4 * ((ours.var() + theirs.var()) / len(ours)).sqrt()
+
+
+@DORA
 def test_dropout_in_training_alone(use_dora, peft_model, calls):
     """On the fast path, drawn anew each time, with the mean of the layer's outputs unchanged."""
     model = peft_model(lora_dropout=0.3, use_dora=use_dora)
