@@ -81,6 +81,12 @@ def work(dtype, *, moved, flops):
     return {"bytes": int(moved), "flops": int(flops), "dtype": str(dtype).removeprefix("torch.")}
 
 
+def elementwise(dtype, shape, *, tensors, operations):
+    """`work` of an op that moves so many tensors of one shape and takes so many operations for each of their elements."""
+    elements = math.prod(shape)
+    return work(dtype, moved=tensors * elements * dtype.itemsize, flops=operations * elements)
+
+
 def timed(function, *args):
     """(seconds, CPU seconds, what it returned) of one call; on a GPU between two of its events, its L2 cache flushed before."""
     if torch.cuda.is_available():

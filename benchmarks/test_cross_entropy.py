@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks._harness import Replay, speedup, work
+from benchmarks._harness import Replay, elementwise, speedup
 from fastft.ops import cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,7 +74,7 @@ def test_cross_entropy(request, benchmark, runs, side):
     dtype = request.node.callspec.params["runs"]
     size = "toy" if request.config.getoption("--toy") else f"{ROWS} x {VOCABULARY}"
     benchmark.group = f"cross_entropy {size}, {dtype}, forward and backward"
-    elements = 8 * 64 if size == "toy" else ROWS * VOCABULARY
-    benchmark.extra_info["work"] = work(dtype, moved=2 * elements * dtype.itemsize, flops=6 * elements)
+    shape = (8, 64) if size == "toy" else (ROWS, VOCABULARY)
+    benchmark.extra_info["work"] = elementwise(dtype, shape, tensors=2, operations=6)
     benchmark.extra_info["speedup_of_fastft"] = speedup(runs[side]["wall"], runs["fastft"]["wall"])
     replay(benchmark, runs[side]["wall"])

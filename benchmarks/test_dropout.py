@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import fastft
-from benchmarks._harness import Replay, speedup, work
+from benchmarks._harness import Replay, elementwise, speedup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(8192, 4096)] if DEVICE == "cuda" else [(2048, 384), (2048, 1024), (2048, 4096)]
@@ -48,7 +48,7 @@ def test_dropout(request, benchmark, runs, side):
     shape = request.node.callspec.params["runs"]
     size = "toy" if request.config.getoption("--toy") else f"{shape[0]} x {shape[1]}"
     benchmark.group = f"dropout {size}, bfloat16, forward and backward"
-    elements = 8 * 64 if size == "toy" else shape[0] * shape[1]
-    benchmark.extra_info["work"] = work(torch.bfloat16, moved=4 * elements * 2, flops=2 * elements)
+    shape = (8, 64) if size == "toy" else shape
+    benchmark.extra_info["work"] = elementwise(torch.bfloat16, shape, tensors=4, operations=2)
     benchmark.extra_info["speedup_of_fastft"] = speedup(runs[side]["wall"], runs["fastft"]["wall"])
     replay(benchmark, runs[side]["wall"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastft
-from benchmarks._harness import Replay, speedup, work
+from benchmarks._harness import Replay, elementwise, speedup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(8192, 4096), (8192, 14336)] if DEVICE == "cuda" else [(2048, 384), (2048, 1024), (2048, 4096)]
@@ -76,7 +76,7 @@ def test_gated_activation(request, benchmark, runs, side):
         pytest.skip(f"{side} is not measured here")
     size = "toy" if request.config.getoption("--toy") else f"{shape[0]} x {shape[1]}"
     benchmark.group = f"{op} {size}, {dtype}, forward and backward"
-    elements = 8 * 64 if size == "toy" else shape[0] * shape[1]
-    benchmark.extra_info["work"] = work(dtype, moved=8 * elements * dtype.itemsize, flops=18 * elements)
+    shape = (8, 64) if size == "toy" else shape
+    benchmark.extra_info["work"] = elementwise(dtype, shape, tensors=8, operations=18)
     benchmark.extra_info["speedup_of_fastft"] = speedup(runs[side]["wall"], runs["fastft"]["wall"])
     replay(benchmark, runs[side]["wall"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastft
-from benchmarks._harness import Replay, speedup, work
+from benchmarks._harness import Replay, elementwise, speedup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(8192, 4096), (8192, 14336)] if DEVICE == "cuda" else [(2048, 384), (2048, 1024), (2048, 4096)]
@@ -80,7 +80,7 @@ def test_gelu(request, benchmark, runs, side):
         pytest.skip(f"{side} is not measured here")
     size = "toy" if request.config.getoption("--toy") else f"{shape[0]} x {shape[1]}"
     benchmark.group = f"gelu ({approximate}) with bias {size}, {dtype}, forward and backward"
-    elements = 8 * 64 if size == "toy" else shape[0] * shape[1]
-    benchmark.extra_info["work"] = work(dtype, moved=5 * elements * dtype.itemsize, flops=24 * elements)
+    shape = (8, 64) if size == "toy" else shape
+    benchmark.extra_info["work"] = elementwise(dtype, shape, tensors=5, operations=24)
     benchmark.extra_info["speedup_of_fastft"] = speedup(runs[side]["wall"], runs["fastft"]["wall"])
     replay(benchmark, runs[side]["wall"])

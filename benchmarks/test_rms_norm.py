@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import fastft
-from benchmarks._harness import Replay, speedup, work
+from benchmarks._harness import Replay, elementwise, speedup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(8192, 4096), (16384, 8192)] if DEVICE == "cuda" else [(768, 512), (2048, 4096)]
@@ -84,7 +84,7 @@ def test_rms_norm(request, benchmark, runs, side):
     size = "toy" if request.config.getoption("--toy") else f"{shape[0]} x {shape[1]}"
     benchmark.group = f"rms_norm {size}, {dtype}, {direction}"
     tensors, operations = (2, 4) if direction == "forward" else (5, 14)  # of the size of x, moved; an element
-    elements = 8 * 64 if size == "toy" else shape[0] * shape[1]
-    benchmark.extra_info["work"] = work(dtype, moved=tensors * elements * dtype.itemsize, flops=operations * elements)
+    shape = (8, 64) if size == "toy" else shape
+    benchmark.extra_info["work"] = elementwise(dtype, shape, tensors=tensors, operations=operations)
     benchmark.extra_info["speedup_of_fastft"] = speedup(runs[side]["wall"], runs["fastft"]["wall"])
     replay(benchmark, runs[side]["wall"])

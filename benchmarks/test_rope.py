@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastft
-from benchmarks._harness import Replay, speedup, work
+from benchmarks._harness import Replay, elementwise, speedup
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = 8192 if DEVICE == "cuda" else 2048
@@ -77,7 +77,7 @@ def test_rope(request, benchmark, runs, side):
         pytest.skip(f"{side} is not measured here")
     tokens = "toy" if request.config.getoption("--toy") else f"{TOKENS} x"
     benchmark.group = f"rope {tokens} ({heads_q} + {heads_k}) x {size}, {dtype}, forward and backward"
-    elements = (8 if tokens == "toy" else TOKENS) * (heads_q + heads_k) * size
-    benchmark.extra_info["work"] = work(dtype, moved=4 * elements * dtype.itemsize, flops=6 * elements)
+    shape = 8 if tokens == "toy" else TOKENS, heads_q + heads_k, size
+    benchmark.extra_info["work"] = elementwise(dtype, shape, tensors=4, operations=6)
     benchmark.extra_info["speedup_of_fastft"] = speedup(runs[side]["wall"], runs["fastft"]["wall"])
     replay(benchmark, runs[side]["wall"])
