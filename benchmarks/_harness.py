@@ -43,13 +43,26 @@ class Runs:
     """what the side returned"""
 
 
-def measure(sides, rounds, *, warmup=2, seed=0, between=None, seconds=None):
+class Stopwatch:
+    """Runs from when it is made; `read()` gives the seconds and the CPU seconds since, once a GPU has done its work."""
+
+    def __init__(self):
+        _wait()
+        self.start, self.cpu_start = time.perf_counter(), time.process_time()
+
+    def read(self):
+        _wait()
+        return time.perf_counter() - self.start, time.process_time() - self.cpu_start
+
+
+def measure(sides, rounds, *, warmup=2, seed=0, between=None, seconds=None, clock=None):
     """{name: Runs} of `sides` {name: f(round number)}: every round runs each side once, in an order drawn anew.
 
     A round's number stands for its input, the same for all sides. The first `warmup` rounds are not recorded.
     between: called with the number before each side, and not timed. seconds: when they are over, no round begins but the
-    first three that are recorded.
+    first three that are recorded. clock: clock(side, number) takes a step and tells its times, as `timed` does.
     """
+    clock = clock or timed
     runs = {name: Runs() for name in sides}
     order = list(sides)
     shuffle = random.Random(seed).shuffle
@@ -61,7 +74,7 @@ def measure(sides, rounds, *, warmup=2, seed=0, between=None, seconds=None):
         for name in order:
             if between is not None:
                 between(number)
-            seconds, cpu_seconds, value = timed(sides[name], number)
+            seconds, cpu_seconds, value = clock(sides[name], number)
             if number >= warmup:
                 runs[name].wall.append(seconds)
                 runs[name].cpu.append(cpu_seconds)
@@ -92,9 +105,9 @@ def timed(function, *args):
     if torch.cuda.is_available():
         _flush_l2()
         return _timed_on_gpu(function, *args)
-    start, cpu_start = time.perf_counter(), time.process_time()
+    watch = Stopwatch()
     value = function(*args)
-    return time.perf_counter() - start, time.process_time() - cpu_start, value
+    return *watch.read(), value
 
 
 def _timed_on_gpu(function, *args):

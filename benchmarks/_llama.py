@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
 import fastft
 from benchmarks import _trainer
-from benchmarks._harness import measure, peak_bytes
+from benchmarks._processes import alternate, serve_steps
 from fastft.arguments import Arguments
 from fastft.data import Collator
 from fastft.engine import backward, build_engine, choose_dtype, deepspeed_config, init_ranks
@@ -81,35 +81,46 @@ WHOLE = Job(lora_r=0, num_hidden_layers=4, learning_rate=2e-5)
 WHOLE_TOY = replace(TOY, lora_r=0)
 
 
-def run(job, rounds, seconds=None, full=False):
-    """Checks that the loops compute the same, then times them as `measure` does. Returns what goes into a result's `jobs`."""
+def run(job, rounds, seconds=None, full=False, names=None, environment=None):
+    """Checks that the loops compute the same, then lets them take turns. Returns what goes into a result's `jobs`.
+
+    full: also those that compile for minutes. names: of the loops, of which those run that can. environment: what their
+    processes find set.
+    """
     bench = Bench(job)
     check = bench.check()
-    sides = {"careful": bench.hugging_face("sdpa"), "fastft": bench.fastft()}
-    if job.lora_r:
-        sides["eager"] = bench.hugging_face("eager")
-        if full:
-            sides["compiled"] = bench.hugging_face("sdpa", compiled=True)
-        if why_not_liger() is None:
-            sides["liger"] = bench.hugging_face("sdpa", liger=True)
-    else:
-        sides["fastft 8-bit"] = bench.fastft(optim="adamw_8bit")
-    batches = [bench.batch(number) for number in range(WARMUP + rounds)]
-    prepared = {name: [side.prepare(batch) for batch in batches] for name, side in sides.items()}
-    steps = {name: lambda n, name=name: sides[name].step(prepared[name][n]) for name in sides}
-    if job.lora_r and _trainer.why_not() is None:
-        steps["trainer"] = bench.hugging_face("sdpa").in_trainer(prepared["careful"])
-    runs = measure(steps, rounds, warmup=WARMUP, seconds=seconds)
-    for name in steps:
-        runs[name]["peak_bytes"] = None if name == "trainer" else peak_bytes(lambda name=name: steps[name](0))
-    runs = {name: runs[name] for name in (SIDES if job.lora_r else WHOLE_SIDES) if name in runs}
+    sides = [name for name in (SIDES if job.lora_r else WHOLE_SIDES) if names is None or name in names]
+    loops = {name: (open_loop, job, name, WARMUP + rounds) for name in sides if why_not(name, full) is None}
     return {
         "job": {"name": job.name, **asdict(job)},
         "dtype": str(bench.dtype).removeprefix("torch."),
         "check": check,
         "tokens": job.batch_size * job.length,
-        "sides": runs,
+        "apart": True,
+        "sides": alternate(loops, rounds, warmup=WARMUP, seconds=seconds, environment=environment),
     }
+
+
+def why_not(name, full):
+    """Why a loop does not run here; None if it does."""
+    if name == "compiled" and not full:
+        return "torch.compile is measured with --full only"
+    return {"trainer": _trainer.why_not, "liger": why_not_liger}.get(name, lambda: None)()
+
+
+def open_loop(job, name, steps):
+    """serve(pipe) of one loop, in its own process."""
+    bench = Bench(job)
+    batches = [bench.batch(number) for number in range(steps)]
+    if name.startswith("fastft"):
+        side = bench.fastft(optim="adamw_8bit" if name == "fastft 8-bit" else "adamw_torch")
+    else:
+        attention = "eager" if name == "eager" else "sdpa"
+        side = bench.hugging_face(attention, compiled=name == "compiled", liger=name == "liger")
+    prepared = [side.prepare(batch) for batch in batches]
+    if name == "trainer":
+        return _trainer.serve_trainer(side.model, prepared, job)
+    return serve_steps(lambda number: side.step(prepared[number]))
 
 
 def why_not_liger():
@@ -138,7 +149,7 @@ class Bench:
             seed=job.seed,
             report_to=["none"],
         )
-        self.device = init_ranks().device
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = choose_dtype(self.args, self.device)
         self.task = get_task(self.args)
 
@@ -217,18 +228,13 @@ class HuggingFace:
         self.optimizer.zero_grad()
         return loss.item()
 
-    def in_trainer(self, batches):
-        """f(round) that takes the next step in transformers' Trainer."""
-        job = self.bench.job
-        settings = {"learning_rate": job.learning_rate, "max_grad_norm": job.max_grad_norm, "seed": job.seed}
-        return _trainer.SteppedTrainer(self.model, batches, **settings).step
-
 
 class Fastft:
     """The inner loop of fastft/train.py, over the same functions. `roles` and `optim` are what an ablation leaves out."""
 
     def __init__(self, bench, dtype, roles=None, optim="adamw_torch"):
         self.bench = bench
+        init_ranks()
         args = replace(bench.args, optim=optim)
         self.model = bench.model("sdpa", dtype)
         report = fastft.patch(self.model, roles=roles, verbose=False)

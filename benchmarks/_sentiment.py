@@ -1,23 +1,19 @@
-"""The sentiment job: steps of fine-tuning a BERT classifier on short sentences, by four loops over the same batches.
+"""The sentiment job: steps of fine-tuning a BERT classifier on short sentences, by five loops over the same batches.
 
 textbook   what tutorials show: every sentence padded to 128, fp32, eager attention, AdamW
 careful    what an expert writes with Hugging Face and PyTorch: the faster of fp32 and bf16 weights, SDPA, padding to the
            longest sentence of the batch, fused AdamW, clipping, no engine in between
+mixed      the same with fp32 weights under autocast to bf16, where the device multiplies it: bf16 weights learn worse
 trainer    the careful model in transformers' Trainer, where accelerate is installed
 fastft     what `fastft train` does: packed batches, patched layers, its optimizer in the DeepSpeed engine at stage 0
 
 All start from the same weights, read text that is tokenised beforehand, and keep the dropout of the model's config.
 The rivals' batches are even padded beforehand, as a data loader's worker would; fastft packs inside the step.
-
-`python -m benchmarks._sentiment ROUNDS FILE` measures the job in a process of its own, which may have another allocator, and
-writes what `run` returns.
 """
 
 import importlib.util
-import json
 import os
 import random
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,7 +23,8 @@ from transformers.utils.logging import disable_progress_bar
 
 import fastft
 from benchmarks import _trainer
-from benchmarks._harness import ROOT, measure, peak_bytes, timed
+from benchmarks._harness import ROOT, multiplied_dtype, timed
+from benchmarks._processes import alternate, serve_steps
 from fastft.arguments import Arguments
 from fastft.data import Collator, StepPlan
 from fastft.engine import backward, build_engine, choose_dtype, deepspeed_config, init_ranks
@@ -36,7 +33,7 @@ from fastft.optim import parameter_groups
 from fastft.tasks import get_task
 from fastft.train import to_device
 
-SIDES = ("textbook", "careful", "trainer", "fastft")
+SIDES = ("textbook", "careful", "mixed", "trainer", "fastft")
 WARMUP = 2  # rounds
 
 
@@ -104,35 +101,61 @@ def toy_job(folder):
     )
 
 
-def run(job, rounds, seconds=None):
-    """Checks that the loops compute the same, then times them as `measure` does. Returns what goes into a result's `jobs`."""
+def run(job, rounds, seconds=None, names=SIDES, environment=None):
+    """Checks that the loops compute the same, then lets them take turns. Returns what goes into a result's `jobs`.
+
+    names: of the loops, of which those run that can. environment: what their processes find set.
+    """
     disable_progress_bar()
     bench = Bench(job)
     check = bench.check()
-    dtypes = bench.probe_dtypes()
-    best = min(dtypes, key=dtypes.get)
-    sides = {"textbook": bench.textbook(), "careful": bench.careful(best), "fastft": bench.fastft()}
-    batches = bench.batches(WARMUP + rounds)
-    prepared = {name: [side.prepare(batch) for batch in batches] for name, side in sides.items()}
-    steps = {name: lambda n, name=name: sides[name].step(prepared[name][n]) for name in sides}
-    if _trainer.why_not() is None:
-        sides["trainer"] = bench.careful(best)
-        steps["trainer"] = sides["trainer"].in_trainer(prepared["careful"])
-    runs = measure(steps, rounds, warmup=WARMUP, seconds=seconds)
-    batches = batches[WARMUP:][: len(runs["fastft"]["wall"])]
-    for name, side in sides.items():
-        positions = sum(side.positions(batch) for batch in batches) / len(batches)
-        runs[name] |= {"dtype": str(side.dtype).removeprefix("torch."), "positions": positions}
-        runs[name]["peak_bytes"] = None if name == "trainer" else peak_bytes(lambda name=name: steps[name](0))
-    runs = {name: runs[name] for name in SIDES if name in runs}
-    tokens = sum(len(example["input_ids"]) for batch in batches for example in batch)
+    seconds_of = bench.probe_dtypes()
+    best = min(seconds_of, key=seconds_of.get)
+    dtypes = {"textbook": torch.float32, "mixed": torch.float32, "fastft": choose_dtype(bench.args, bench.device)}
+    names = [name for name in SIDES if name in names and why_not(name) is None]
+    loops = {name: (open_loop, job, name, dtypes.get(name, best), WARMUP + rounds) for name in names}
+    runs = alternate(loops, rounds, warmup=WARMUP, seconds=seconds, environment=environment)
+    batches = bench.batches(WARMUP + rounds)[WARMUP:][: len(runs["fastft"]["wall"])]
+    lengths = [[len(example["input_ids"]) for example in batch] for batch in batches]
+    for name, run in runs.items():
+        positions = sum(positions_of(name, job, batch) for batch in lengths) / len(batches)
+        run |= {"dtype": str(dtypes.get(name, best)).removeprefix("torch."), "positions": positions}
     return {
         "job": {k: v for k, v in asdict(job).items() if k not in ("model", "train_file", "cache_dir")},  # no paths
         "check": check,
-        "careful_dtypes": {str(dtype).removeprefix("torch."): seconds for dtype, seconds in dtypes.items()},
-        "tokens": tokens / len(batches),
+        "careful_dtypes": {str(dtype).removeprefix("torch."): seconds for dtype, seconds in seconds_of.items()},
+        "tokens": sum(map(sum, lengths)) / len(batches),
+        "apart": True,
         "sides": runs,
     }
+
+
+def why_not(name):
+    """Why a loop does not run here; None if it does."""
+    if name == "mixed" and multiplied_dtype() == torch.float32:
+        return "nothing here multiplies bfloat16"
+    return _trainer.why_not() if name == "trainer" else None
+
+
+def open_loop(job, name, dtype, steps):
+    """serve(pipe) of one loop, in its own process."""
+    disable_progress_bar()
+    bench = Bench(job)
+    if name in ("textbook", "fastft"):
+        side = bench.textbook() if name == "textbook" else bench.fastft(dtype)
+    else:
+        side = bench.careful(dtype, autocast=name == "mixed")
+    prepared = [side.prepare(batch) for batch in bench.batches(steps)]
+    if name == "trainer":
+        return _trainer.serve_trainer(side.model, prepared, job)
+    return serve_steps(lambda number: side.step(prepared[number]))
+
+
+def positions_of(name, job, lengths):
+    """How many positions a loop computes for sentences of these lengths."""
+    if name == "fastft":
+        return sum(lengths)
+    return len(lengths) * (job.padded_length if name == "textbook" else max(lengths))
 
 
 class Bench:
@@ -153,7 +176,7 @@ class Bench:
             seed=job.seed,
             report_to=["none"],
         )
-        self.device = init_ranks().device
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.tokenizer = load_tokenizer(self.args)
         self.task = get_task(self.args)
         self.data = self.task.load_data(self.tokenizer)
@@ -173,10 +196,10 @@ class Bench:
         optimizer = lambda model: torch.optim.AdamW(model.parameters(), lr=self.job.learning_rate)
         return HuggingFace(self, torch.float32, "eager", optimizer, padded_length=self.job.padded_length)
 
-    def careful(self, dtype, weight_decay=0.0):
+    def careful(self, dtype, weight_decay=0.0, autocast=False):
         groups = lambda model: parameter_groups(model, weight_decay)
         optimizer = lambda model: torch.optim.AdamW(groups(model), lr=self.job.learning_rate, fused=True)
-        return HuggingFace(self, dtype, "sdpa", optimizer, max_grad_norm=self.job.max_grad_norm)
+        return HuggingFace(self, dtype, "sdpa", optimizer, max_grad_norm=self.job.max_grad_norm, autocast=autocast)
 
     def fastft(self, dtype=None, **stage):
         return Fastft(self, dtype or choose_dtype(self.args, self.device), **stage)
@@ -215,9 +238,10 @@ class Bench:
 class HuggingFace:
     """A plain PyTorch loop over a transformers model."""
 
-    def __init__(self, bench, dtype, attention, optimizer, *, padded_length=None, max_grad_norm=None):
-        self.bench, self.dtype = bench, dtype
+    def __init__(self, bench, dtype, attention, optimizer, *, padded_length=None, max_grad_norm=None, autocast=False):
+        self.bench = bench
         self.padded_length, self.max_grad_norm = padded_length, max_grad_norm
+        self.autocast = torch.autocast(bench.device.type, torch.bfloat16, enabled=autocast)
         set_seed(bench.job.seed)
         self.model = AutoModelForSequenceClassification.from_pretrained(
             bench.job.model, dtype=dtype, attn_implementation=attention, **bench.task.model_kwargs()
@@ -231,11 +255,9 @@ class HuggingFace:
         batch = self.bench.tokenizer.pad(rows, padding=padding, max_length=self.padded_length, return_tensors="pt")
         return dict(batch.to(self.bench.device))
 
-    def positions(self, examples):
-        return len(examples) * (self.padded_length or max(len(e["input_ids"]) for e in examples))
-
     def loss(self, batch):
-        return self.model(**batch).loss
+        with self.autocast:
+            return self.model(**batch).loss
 
     def backward(self, loss):
         loss.backward()
@@ -249,18 +271,13 @@ class HuggingFace:
         self.optimizer.zero_grad()
         return loss.item()
 
-    def in_trainer(self, batches):
-        """f(round) that takes the next step in transformers' Trainer."""
-        job = self.bench.job
-        settings = {"learning_rate": job.learning_rate, "max_grad_norm": job.max_grad_norm, "seed": job.seed}
-        return _trainer.SteppedTrainer(self.model, batches, **settings).step
-
 
 class Fastft:
     """The inner loop of fastft/train.py, over the same functions. `roles` and `optim` are what an ablation leaves out."""
 
     def __init__(self, bench, dtype, roles=None, optim="adamw_torch"):
-        self.bench, self.dtype = bench, dtype
+        self.bench = bench
+        init_ranks()
         args = replace(bench.args, optim=optim)
         set_seed(args.seed)
         self.model = load_model(args, bench.task, bench.tokenizer, dtype)
@@ -272,9 +289,6 @@ class Fastft:
 
     def prepare(self, examples):
         return examples
-
-    def positions(self, examples):
-        return sum(len(e["input_ids"]) for e in examples)
 
     def loss(self, examples):
         batch = to_device(self.collate(examples), self.bench.device)
@@ -288,7 +302,3 @@ class Fastft:
         self.backward(loss)
         self.engine.step()
         return loss.item()
-
-
-if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(run(sst2_job(), int(sys.argv[1]))))

@@ -20,15 +20,20 @@ JOBS = {
     "sentiment": "Fine-tuning for sentiment",
     "sentiment_jemalloc": "Fine-tuning for sentiment, all under jemalloc",
     "lora": "Fine-tuning with LoRA",
+    "lora_jemalloc": "Fine-tuning with LoRA, all under jemalloc",
     "whole": "Fine-tuning all weights",
 }
 RIVALS = {
     "sentiment": {
         "careful": "sentiment, a careful Hugging Face loop: SDPA, padding to the longest of the batch, fused AdamW",
+        "mixed": "sentiment, as careful, with fp32 weights under autocast to bf16, which learn as well as fastft's",
         "trainer": "sentiment, transformers' Trainer, as careful",
         "textbook": "sentiment, the textbook loop: fp32, every sentence padded to 128, eager attention",
     },
-    "sentiment_jemalloc": {"careful": "sentiment, the careful loop, both under jemalloc"},
+    "sentiment_jemalloc": {
+        "careful": "sentiment, the careful loop, both under jemalloc",
+        "textbook": "sentiment, the textbook loop, both under jemalloc",
+    },
     "lora": {
         "careful": "LoRA, transformers and PEFT with SDPA",
         "compiled": "LoRA, the same under torch.compile",
@@ -36,6 +41,7 @@ RIVALS = {
         "eager": "LoRA, transformers and PEFT with eager attention",
         "trainer": "LoRA, transformers' Trainer with PEFT and SDPA",
     },
+    "lora_jemalloc": {"careful": "LoRA, transformers and PEFT with SDPA, both under jemalloc"},
     "whole": {"careful": "all weights of such a Llama with 4 layers, transformers with SDPA and fused AdamW"},
 }
 FLOOR = (
@@ -49,7 +55,9 @@ def sections(result):
     """[(title, Markdown, how to plot it: (function, data) or None)] of one result, in the order of the page."""
     parts = []
     for kind, job in result["jobs"].items():
-        markdown = (_llama if kind in ("lora", "whole") else _sentiment)(job, result["machine"])
+        markdown = (_sentiment if kind.startswith("sentiment") else _llama)(job, result["machine"])
+        if kind.endswith("_jemalloc"):
+            markdown = f"Under jemalloc, told to keep what is freed. {markdown}"
         parts.append((JOBS[kind], markdown, (_plots.bars, {"": job["sides"]})))
     if result.get("accuracies"):
         parts.append(("What the speed is worth", _accuracies(result["accuracies"]), None))
@@ -86,7 +94,8 @@ def _sentiment(job, machine):
         f"{job['job']['name']}: {job['job']['batch_size']} sentences ({job['tokens']:.0f} tokens) a step, "
         f"{len(ours['wall'])} rounds. Speed-up: the loop's time over fastft's on the same sentences; median and 95 % "
         "interval. `textbook` pads every sentence to 128 and uses eager attention; `careful` pads to the longest of the batch, "
-        "with SDPA and fused AdamW; `trainer` is transformers' Trainer with the same.",
+        "with SDPA and fused AdamW; `mixed` does so with fp32 weights under autocast; `trainer` is transformers' Trainer as "
+        "`careful`.",
         "",
         "| loop | weights | positions computed | speed-up of fastft | by CPU time | mean loss |"
         + (" ms per step | sentences/s |" if absolute else ""),
@@ -208,7 +217,12 @@ def summary(results):
                 rows.append(f"| {words} | {' | '.join(cells)} |")
     rows += ["", "Speed-up and 95 % interval; `memory`: the most that the rival's step held, over fastft's."]
     for result, kind in zip(results, kinds, strict=True):
-        rows += ["", f"{kind}: `{result['command']}`, {result['date'][:10]}; {machine_line(result['machine'])}."]
+        apart = all(job.get("apart") for job in result["jobs"].values())
+        shared = "" if apart else " The loops shared one process, and the allocator's settings that fastft chooses."
+        rows += [
+            "",
+            f"{kind}: `{result['command']}`, {result['date'][:10]}; {machine_line(result['machine'])}.{shared}",
+        ]
     if with_accuracies := [result for result in results if result.get("accuracies")]:
         newest = with_accuracies[-1]
         rows += ["", f"On {_kind(newest['machine'])}. {_accuracies(newest['accuracies'])}"]
@@ -320,9 +334,10 @@ td:not(:first-child) {{ white-space: nowrap }}
 code {{ background: #f4f4f4; padding: .1rem .3rem }} h2 {{ margin-top: 2.5rem }}
 </style>
 <h1>fastft against its rivals</h1>
-<p>fastft fine-tunes transformers. Here rival and fastft take turns in one process on the same inputs, and their answers are
-compared before anything is timed. A ratio above 1 means that fastft is faster; in brackets, and as lines in the plots, is its
-95 % interval. Green is faster, red slower, grey neither for certain, pale green another way that fastft itself has.</p>
+<p>fastft fine-tunes transformers. Here rival and fastft take turns on the same inputs, and their answers are compared before
+anything is timed; each loop of a whole training step has a process of its own. A ratio above 1 means that fastft is faster;
+in brackets, and as lines in the plots, is its 95 % interval. Green is faster, red slower, grey neither for certain, pale green
+another way that fastft itself has.</p>
 {"".join(body)}
 </html>
 """

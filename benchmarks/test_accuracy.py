@@ -1,7 +1,7 @@
 """What the speed is worth: `pytest benchmarks/test_accuracy.py --benchmark-only --full`.
 
 An epoch of each sentiment job, then the accuracy on sentences that were not trained on, for several seeds: fastft, with its
-optimizers and on two ranks, beside the careful Hugging Face loop with the same schedule. Accuracies go into the result; the
+optimizers and on two ranks, beside the careful Hugging Face loops with the same schedule. Accuracies go into the result; the
 times are those of whole runs, start and evaluation included, and nothing to compare.
 """
 
@@ -26,7 +26,7 @@ SEEDS = (1, 2, 3)
 
 @dataclass(frozen=True)
 class Case:
-    """A loop over the data of `job`; `arguments` of `fastft train`, or None for the careful loop."""
+    """A loop over the data of `job`; `arguments` of `fastft train`, or None for a Hugging Face loop."""
 
     job: str
     loop: str
@@ -37,6 +37,7 @@ class Case:
 
 CASES = [
     Case("sst2", "careful", None),
+    Case("sst2", "mixed", None),
     Case("sst2", "fastft", ()),
     Case("sst2", "fastft, adamw_8bit", ("--optim", "adamw_8bit")),
     Case("sst2", "fastft, two ranks, ZeRO-2", ("--num_accelerators", "2", "--zero_stage", "2"), seeds=(1,)),
@@ -53,6 +54,8 @@ def accuracy(request, tmp_path_factory, result):
     case, folder = request.param, tmp_path_factory.mktemp("accuracy")
     if toy and (case.arguments or case.job != "sst2"):
         pytest.skip("one run of fastft is enough to see that it still goes")
+    if case.loop == "mixed" and (why := _sentiment.why_not("mixed")):
+        pytest.skip(why)
     try:
         job, held_out = toy_files(folder) if toy else files(case.job)
     except FileNotFoundError as error:
@@ -62,7 +65,7 @@ def accuracy(request, tmp_path_factory, result):
     for seed in case.seeds[:1] if toy else case.seeds:
         start = time.perf_counter()
         if case.arguments is None:
-            accuracies.append(careful(replace(job, seed=seed), held_out))
+            accuracies.append(hugging_face(replace(job, seed=seed), held_out, case.loop == "mixed"))
         else:
             accuracies.append(fastft(replace(job, seed=seed), held_out, case.arguments, folder / str(seed)))
         seconds.append(time.perf_counter() - start)
@@ -123,11 +126,11 @@ def fastft(job, held_out, arguments, folder):
     return json.loads((folder / "all_results.json").read_text())["eval_accuracy"]
 
 
-def careful(job, held_out):
-    """Accuracy after an epoch of the careful Hugging Face loop, with the schedule that `fastft train` is given."""
+def hugging_face(job, held_out, mixed):
+    """Accuracy after an epoch of the careful Hugging Face loop, or of the mixed one, with fastft's schedule."""
     bench = _sentiment.Bench(job, validation_file=held_out)
-    dtypes = bench.probe_dtypes()
-    side = bench.careful(min(dtypes, key=dtypes.get), weight_decay=SCHEDULE["weight_decay"])
+    dtypes = {torch.float32: 0.0} if mixed else bench.probe_dtypes()
+    side = bench.careful(min(dtypes, key=dtypes.get), weight_decay=SCHEDULE["weight_decay"], autocast=mixed)
     steps = bench.plan.steps_per_epoch
     schedule = get_scheduler("linear", side.optimizer, int(SCHEDULE["warmup_ratio"] * steps), steps)
     for step in range(steps):

@@ -1,30 +1,37 @@
 """Whole training steps against their rivals: `pytest benchmarks/test_training.py --benchmark-only`.
 
-The loops alternate while they are measured, once for the module; each test then replays the times of its loop for
-pytest-benchmark's table. The ratios, which pair the loops round by round, follow at the end.
+Each loop has a process of its own, with the memory allocator that it comes with; with --full, the main loops are measured
+once more under jemalloc. They alternate while they are measured, once for the module; each test then replays the times of
+its loop for pytest-benchmark's table. The ratios, which pair the loops round by round, follow at the end.
 """
 
 import ctypes.util
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from benchmarks import _llama, _sentiment, _trainer
-from benchmarks._harness import ROOT, Replay, speedup, step_limits
+from benchmarks import _llama, _sentiment
+from benchmarks._harness import Replay, speedup, step_limits
 
 replay = Replay()
+JEMALLOC_SIDES = ("textbook", "careful", "mixed", "fastft")
+
+
+def compared(benchmark, sides, side):
+    benchmark.extra_info["speedup_of_fastft"] = speedup(sides[side]["wall"], sides["fastft"]["wall"])
+    replay(benchmark, sides[side]["wall"])
+
+
+def sentiment_job(request, tmp_path_factory):
+    try:
+        toy = request.config.getoption("--toy")
+        return _sentiment.toy_job(tmp_path_factory.mktemp("toy")) if toy else _sentiment.sst2_job()
+    except FileNotFoundError as error:
+        pytest.skip(f"{error} (--toy needs nothing)")
 
 
 @pytest.fixture(scope="module")
 def sides(request, tmp_path_factory, result):
-    try:
-        toy = request.config.getoption("--toy")
-        job = _sentiment.toy_job(tmp_path_factory.mktemp("toy")) if toy else _sentiment.sst2_job()
-    except FileNotFoundError as error:
-        pytest.skip(f"{error} (--toy needs nothing)")
+    job = sentiment_job(request, tmp_path_factory)
     result["jobs"]["sentiment"] = _sentiment.run(job, *step_limits(request.config))
     return result["jobs"]["sentiment"]["sides"]
 
@@ -33,45 +40,8 @@ def sides(request, tmp_path_factory, result):
 @pytest.mark.parametrize("side", _sentiment.SIDES)
 def test_sentiment(benchmark, sides, side):
     if side not in sides:
-        pytest.skip(_trainer.why_not())
-    benchmark.extra_info["speedup_of_fastft"] = speedup(sides[side]["wall"], sides["fastft"]["wall"])
-    replay(benchmark, sides[side]["wall"])
-
-
-@pytest.fixture(scope="module")
-def jemalloc_sides(request, tmp_path_factory, result):
-    """The sentiment job once more, all loops under jemalloc, in a process of its own."""
-    if not request.config.getoption("--full"):
-        pytest.skip("jemalloc is measured with --full only")
-    library = ctypes.util.find_library("jemalloc")
-    if library is None:
-        pytest.skip("jemalloc is not installed")
-    out = tmp_path_factory.mktemp("jemalloc") / "job.json"
-    command = [sys.executable, "-m", "benchmarks._sentiment", str(request.config.getoption("--rounds")), str(out)]
-    launchers = (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    )  # set by the Trainer
-    env = {name: value for name, value in os.environ.items() if name not in launchers} | {"LD_PRELOAD": library}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    if "is missing" in done.stderr:
-        pytest.skip("the model or the data is missing")
-    assert done.returncode == 0, done.stdout + done.stderr
-    result["jobs"]["sentiment_jemalloc"] = json.loads(out.read_text())
-    return result["jobs"]["sentiment_jemalloc"]["sides"]
-
-
-@pytest.mark.benchmark(group="sentiment under jemalloc: a step of training", timer=replay.clock)
-@pytest.mark.parametrize("side", _sentiment.SIDES)
-def test_sentiment_jemalloc(benchmark, jemalloc_sides, side):
-    if side not in jemalloc_sides:
-        pytest.skip(_trainer.why_not())
-    benchmark.extra_info["speedup_of_fastft"] = speedup(jemalloc_sides[side]["wall"], jemalloc_sides["fastft"]["wall"])
-    replay(benchmark, jemalloc_sides[side]["wall"])
+        pytest.skip(_sentiment.why_not(side))
+    compared(benchmark, sides, side)
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +56,8 @@ def lora_sides(request, result):
 @pytest.mark.parametrize("side", _llama.SIDES)
 def test_lora(benchmark, lora_sides, side):
     if side not in lora_sides:
-        reasons = {"trainer": _trainer.why_not(), "liger": _llama.why_not_liger()}
-        pytest.skip(reasons.get(side) or f"{side} is measured with --full only")
-    benchmark.extra_info["speedup_of_fastft"] = speedup(lora_sides[side]["wall"], lora_sides["fastft"]["wall"])
-    replay(benchmark, lora_sides[side]["wall"])
+        pytest.skip(_llama.why_not(side, full=False))
+    compared(benchmark, lora_sides, side)
 
 
 @pytest.fixture(scope="module")
@@ -102,5 +70,33 @@ def whole_sides(request, result):
 @pytest.mark.benchmark(group="all weights: a step of training", timer=replay.clock)
 @pytest.mark.parametrize("side", _llama.WHOLE_SIDES)
 def test_all_weights(benchmark, whole_sides, side):
-    benchmark.extra_info["speedup_of_fastft"] = speedup(whole_sides[side]["wall"], whole_sides["fastft"]["wall"])
-    replay(benchmark, whole_sides[side]["wall"])
+    compared(benchmark, whole_sides, side)
+
+
+@pytest.fixture(scope="module", params=["sentiment", "lora"])
+def jemalloc_sides(request, result, tmp_path_factory):
+    """(job, its sides): once more under jemalloc, told to keep what is freed as fastft tells glibc."""
+    if not request.config.getoption("--full"):
+        pytest.skip("jemalloc is measured with --full only")
+    library = ctypes.util.find_library("jemalloc")
+    if library is None:
+        pytest.skip("jemalloc is not installed")
+    environment = {"LD_PRELOAD": library, "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1"}
+    settings = {"names": JEMALLOC_SIDES, "environment": environment}
+    limits = step_limits(request.config)
+    if request.param == "lora":
+        job = _llama.run(_llama.Job(), *limits, **settings)
+    else:
+        job = _sentiment.run(sentiment_job(request, tmp_path_factory), *limits, **settings)
+    result["jobs"][f"{request.param}_jemalloc"] = job
+    return request.param, job["sides"]
+
+
+@pytest.mark.parametrize("side", JEMALLOC_SIDES)
+@pytest.mark.benchmark(timer=replay.clock)
+def test_jemalloc(benchmark, jemalloc_sides, side):
+    kind, sides = jemalloc_sides
+    if side not in sides:
+        pytest.skip(f"the {kind} job has no loop {side}")
+    benchmark.group = f"{kind} under jemalloc: a step of training"
+    compared(benchmark, sides, side)

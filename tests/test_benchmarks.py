@@ -1,5 +1,6 @@
 """The benchmarks run, at toy size, so that they never rot; and the arithmetic of their ratios."""
 
+import functools
 import json
 import os
 import statistics
@@ -19,14 +20,14 @@ import pytest
 from benchmarks import _sentiment
 
 folder = sys.argv[1]
-right, measure = _sentiment.Fastft.loss, _sentiment.measure
+right, alternate = _sentiment.Fastft.loss, _sentiment.alternate
 _sentiment.Fastft.loss = lambda self, examples: 1.001 * right(self, examples)
-_sentiment.measure = lambda *args, **kwargs: sys.exit("timed a wrong answer")
+_sentiment.alternate = lambda *args, **kwargs: sys.exit("timed a wrong answer")
 try:
     _sentiment.run(_sentiment.toy_job(folder), rounds=1)
 except AssertionError as error:
     print("refused:", error)
-_sentiment.Fastft.loss, _sentiment.measure = right, measure
+_sentiment.Fastft.loss, _sentiment.alternate = right, alternate
 
 options = ["--benchmark-only", "--toy", "--rounds=3", f"--results={folder}/results", "-p", "no:cacheprovider"]
 sys.exit(pytest.main(["benchmarks", *options]))
@@ -39,7 +40,7 @@ def session(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmarks")
     env = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SESSION, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = (folder / "results").glob("*.json")
     return done.stdout, json.loads(path.read_text()), path
@@ -54,7 +55,7 @@ def test_every_loop_is_measured_in_every_round(session):
     printed, result, _ = session
     assert "test_sentiment[careful]" in printed and "rms_norm" in printed
     job = result["jobs"]["sentiment"]
-    assert set(job["sides"]) == {"textbook", "careful", "trainer", "fastft"}
+    assert set(job["sides"]) - {"mixed"} == {"textbook", "careful", "trainer", "fastft"}
     for side in job["sides"].values():
         assert len(side["wall"]) == len(side["cpu"]) == len(side["values"]) == 3
         assert all(seconds > 0 for seconds in side["wall"])
@@ -136,6 +137,25 @@ def test_measure_begins_no_round_when_its_time_is_over(benchmarks):
     runs = measure({"a": abs}, 1000, warmup=2, seconds=0)
     assert len(runs["a"]["wall"]) == LEAST_ROUNDS
     assert len(measure({"a": abs}, 20, warmup=2, seconds=60)["a"]["wall"]) == 20
+
+
+def test_loops_take_turns_in_processes_of_their_own(benchmarks):
+    from benchmarks._processes import alternate, serve_steps
+
+    ask = (
+        serve_steps,
+        functools.partial(os.getenv, "FASTFT_TEST_LOOP"),
+    )  # a step returns the round's number if it is not set
+    runs = alternate({"a": ask, "b": ask}, 3, warmup=1, environment={"FASTFT_TEST_LOOP": "set"})
+    assert all(run["values"] == ["set"] * 3 and len(run["wall"]) == len(run["cpu"]) == 3 for run in runs.values())
+    assert "FASTFT_TEST_LOOP" not in os.environ
+
+
+def test_a_loop_that_ends_is_named(benchmarks):
+    from benchmarks._processes import alternate, serve_steps
+
+    with pytest.raises(RuntimeError, match="the process of the loop broken has ended"):
+        alternate({"broken": (serve_steps, os.getenv)}, 3, warmup=1)  # os.getenv(0): a TypeError in the first step
 
 
 @pytest.mark.parametrize(("full", "seconds"), [(False, 20), (True, None)])
