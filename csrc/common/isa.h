@@ -2,8 +2,8 @@
 //
 // An op writes its rows as a functor whose operator()(begin, end) is FASTFT_INLINE. `for_active_isa<Body>()` returns a
 // function that has this body inlined and vectorised for the best instruction set of the running CPU. There are no
-// intrinsics: kernels are plain loops over kLanes fixed lanes (lanes.h), and floating point contraction is off
-// (setup.py), so all instruction sets compute the same bits. AVX-512 adds registers and width, never other numbers.
+// intrinsics that compute: kernels are plain loops over kLanes fixed lanes (lanes.h), and floating point contraction is
+// off (setup.py), so all instruction sets compute the same bits. AVX-512 adds registers and width, never other numbers.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FASTFT_X86 1
+#define FASTFT_ISA_AVX512 __attribute__((target("avx2,avx512f,avx512bw,avx512dq,avx512vl")))
 #endif
 
 namespace fastft {
@@ -54,8 +55,7 @@ __attribute__((target("avx2"))) void run_avx2(const Body& body, int64_t begin, i
 }
 
 template <class Body>
-__attribute__((target("avx2,avx512f,avx512bw,avx512dq,avx512vl"))) void run_avx512(const Body& body, int64_t begin,
-                                                                                   int64_t end) {
+FASTFT_ISA_AVX512 void run_avx512(const Body& body, int64_t begin, int64_t end) {
   body(begin, end);
 }
 #endif

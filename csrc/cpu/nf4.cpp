@@ -1,17 +1,22 @@
 // Weights in 4 bits on the CPU. Equation and layout are in kernels/fastft_kernels/reference/nf4.py.
 //
 // Reading looks nothing up in memory: the 16 values of a block, already scaled and rounded, lie in registers as one vector
-// for each of their bytes, and a byte shuffle picks from it for 16 codes at once.
+// for each of their bytes, and a byte shuffle picks from it for 16 codes at once. AVX-512 shuffles whole values.
 #include "cpu/nf4.h"
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "common/nf4.h"
 #include "common/parallel.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
 #define FASTFT_SHUFFLE 1
+#ifdef FASTFT_X86
+#include <immintrin.h>
+#define FASTFT_WIDE_SHUFFLE 1
+#endif
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
 #endif
 
@@ -93,8 +98,11 @@ struct HalfTable {
     high = odd_bytes(part[0], part[1]);
   }
 
-  // 32 values: those of `first` and of `second` by turns.
-  FASTFT_INLINE void read(Bytes first, Bytes second, void* out) const {
+  // The values of the 32 codes in 16 bytes.
+  FASTFT_INLINE void read(const uint8_t* in, void* out) const {
+    Bytes packed;
+    std::memcpy(&packed, in, sizeof packed);
+    const Bytes first = packed >> 4, second = packed & 15;
     const Bytes a_low = __builtin_shuffle(low, first), a_high = __builtin_shuffle(high, first);
     const Bytes b_low = __builtin_shuffle(low, second), b_high = __builtin_shuffle(high, second);
     const Words a0 = (Words)zip_low(a_low, a_high), a1 = (Words)zip_high(a_low, a_high);
@@ -130,10 +138,12 @@ struct FloatTable {
     values[3] = (Quads)zip_high(low1, high1);
   }
 
-  FASTFT_INLINE void read(Bytes first, Bytes second, void* out) const {
+  FASTFT_INLINE void read(const uint8_t* in, void* out) const {
+    Bytes packed;
+    std::memcpy(&packed, in, sizeof packed);
     Quads a[4], b[4], done[8];
-    pick(first, a);
-    pick(second, b);
+    pick(packed >> 4, a);
+    pick(packed & 15, b);
     for (int i = 0; i < 4; ++i) done[2 * i] = zip_low(a[i], b[i]), done[2 * i + 1] = zip_high(a[i], b[i]);
     std::memcpy(out, done, sizeof done);
   }
@@ -147,6 +157,41 @@ template <>
 struct TableOf<float> {
   using type = FloatTable;
 };
+#else
+template <class T>
+struct TableOf {
+  using type = void;
+};
+#endif
+
+#ifdef FASTFT_WIDE_SHUFFLE
+// Of an index as many bits are read as there are values, so the code beside it in its byte need not be masked.
+struct WideHalfTable {
+  __m512i twice;
+
+  FASTFT_ISA_AVX512 explicit WideHalfTable(const void* values)
+      : twice(_mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(values)))) {}
+
+  FASTFT_ISA_AVX512 void read(const uint8_t* in, void* out) const {
+    const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));
+    const __m512i codes = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(codes, twice));
+  }
+};
+
+struct WideFloatTable {
+  __m512i values;
+
+  FASTFT_ISA_AVX512 explicit WideFloatTable(const void* from) : values(_mm512_loadu_si512(from)) {}
+
+  FASTFT_ISA_AVX512 void read(const uint8_t* in, void* out) const {
+    for (int half = 0; half < 2; ++half) {
+      const __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(in + 8 * half)));
+      const __m512i codes = _mm512_or_si512(_mm512_srli_epi64(byte, 4), _mm512_slli_epi64(byte, 32));
+      _mm512_storeu_si512(static_cast<uint8_t*>(out) + 64 * half, _mm512_permutexvar_epi32(codes, values));
+    }
+  }
+};
 #endif
 
 template <class T>
@@ -157,7 +202,10 @@ struct Dequantize {
   int64_t numel;
   int64_t block;
 
-  FASTFT_INLINE void operator()(int64_t begin, int64_t end) const {
+  FASTFT_INLINE void operator()(int64_t begin, int64_t end) const { read<typename TableOf<T>::type>(begin, end); }
+
+  template <class Table>
+  FASTFT_INLINE void read(int64_t begin, int64_t end) const {
     alignas(64) float plain[16];
     for (int c = 0; c < 16; ++c) plain[c] = nf4_value(c);
     for (int64_t number = begin; number < end; ++number) {
@@ -170,17 +218,23 @@ struct Dequantize {
       for (int c = 0; c < 16; ++c) narrow(plain[c] * absmax, values[c]);
       int64_t j = 0;
 #ifdef FASTFT_SHUFFLE
-      const typename TableOf<T>::type table(values);
-      for (; j + kChunk <= size; j += kChunk) {
-        Bytes packed;
-        std::memcpy(&packed, in + j / 2, sizeof packed);
-        table.read(packed >> 4, packed & 15, out + j);
-      }
+      const Table table(values);
+      for (; j + kChunk <= size; j += kChunk) table.read(in + j / 2, out + j);
 #endif
       for (; j < size; ++j) out[j] = values[j % 2 ? in[j / 2] & 15 : in[j / 2] >> 4];
     }
   }
 };
+
+#ifdef FASTFT_WIDE_SHUFFLE
+template <class T>
+struct DequantizeWide {
+  using Table = typename std::conditional<sizeof(T) == 4, WideFloatTable, WideHalfTable>::type;
+  Dequantize<T> of;
+
+  FASTFT_ISA_AVX512 void operator()(int64_t begin, int64_t end) const { of.template read<Table>(begin, end); }
+};
+#endif
 
 }  // namespace
 
@@ -198,8 +252,12 @@ void nf4_dequantize(const uint8_t* codes, const void* absmax, const float* map, 
   const NF4Scales scales{absmax, map, nested, offset};
   with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_for((numel + block - 1) / block, numel, threads,
-                 Dequantize<T>{codes, scales, static_cast<T*>(y), numel, block});
+    const int64_t blocks = (numel + block - 1) / block;
+    const Dequantize<T> body{codes, scales, static_cast<T*>(y), numel, block};
+#ifdef FASTFT_WIDE_SHUFFLE
+    if (active_isa() == Isa::avx512) return parallel_for(blocks, numel, threads, DequantizeWide<T>{body});
+#endif
+    parallel_for(blocks, numel, threads, body);
   });
 }
 

@@ -94,20 +94,21 @@ def test_double_quantisation_against_float64():
 
 
 @pytest.mark.skipif(extension.C is None, reason=str(extension.missing))
-def test_any_threads_and_instruction_set():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_threads_and_instruction_set(dtype):
     from fastft_kernels.cpp import nf4
 
     x, threads, best = weight(300_001, torch.bfloat16), torch.get_num_threads(), extension.C.isa()
     codes, absmax = reference.quantize(x)
     codes8, double = reference.quantize_absmax(absmax)
-    expected = read(reference, codes, codes8, double, x.numel(), torch.float16, 64)
+    expected = read(reference, codes, codes8, double, x.numel(), dtype, 64)
     try:
         for isa in extension.C.isas():
             extension.C.set_isa(isa)
             for count in (1, 3):
                 torch.set_num_threads(count)
                 assert torch.equal(nf4.quantize(x)[0], codes)
-                assert torch.equal(read(nf4, codes, codes8, double, x.numel(), torch.float16, 64), expected)
+                assert torch.equal(read(nf4, codes, codes8, double, x.numel(), dtype, 64), expected)
     finally:
         extension.C.set_isa(best)
         torch.set_num_threads(threads)
