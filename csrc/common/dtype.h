@@ -55,6 +55,22 @@ FASTFT_INLINE void narrow(float value, BFloat16& out) {
   out.bits = static_cast<uint16_t>((value == value ? rounded : 0x7fc00000u) >> 16);
 }
 
+// The bits of a value that is not NaN, rounded to bfloat16 and in its upper half.
+FASTFT_INLINE uint32_t rounded_bits(float value) {
+  const uint32_t bits = bits_of(value);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+// narrow for values that are known not to be NaN: a comparison and a choice less.
+template <class T>
+FASTFT_INLINE void narrow_number(float value, T& out) {
+  narrow(value, out);
+}
+
+FASTFT_INLINE void narrow_number(float value, BFloat16& out) {
+  out.bits = static_cast<uint16_t>(rounded_bits(value) >> 16);
+}
+
 FASTFT_INLINE void narrow(float value, Float16& out) {
   const uint32_t bits = bits_of(value);
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -84,6 +100,16 @@ FASTFT_INLINE float rounded<Float16>(float value) {
   const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
   const uint32_t special = magnitude > 0x7f800000u ? 0x7fc00000u : 0x7f800000u;
   return float_of((finite < (143u << 23) ? finite : special) | sign);
+}
+
+template <class T>
+FASTFT_INLINE float rounded_number(float value) {
+  return rounded<T>(value);
+}
+
+template <>
+FASTFT_INLINE float rounded_number<BFloat16>(float value) {
+  return float_of(rounded_bits(value) & 0xffff0000u);
 }
 
 template <class T>

@@ -3,7 +3,9 @@
 // A row is read from memory once: its second pass finds it in the first or second level cache.
 #include "cpu/rms_norm.h"
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "common/columns.h"
@@ -26,6 +28,7 @@ struct Forward {
   float* rstd;
   int64_t cols;
   float eps;
+  bool finite_scale;
 
   FASTFT_INLINE void operator()(int64_t begin, int64_t end) const {
     for (int64_t row = begin; row < end; ++row) {
@@ -33,7 +36,11 @@ struct Forward {
       if (residual != nullptr) in = add(in, residual + row * residual_stride, h + row * cols);
       const float sum = lane_sum(cols, [in](int64_t j) { return widen(in[j]) * widen(in[j]); });
       rstd[row] = 1.0f / std::sqrt(sum / static_cast<float>(cols) + eps);
-      normalise(in, rstd[row], y + row * cols);
+      const float r = rstd[row], infinity = std::numeric_limits<float>::infinity();
+      if (finite_scale && sum < infinity && r < infinity)
+        normalise<false>(in, r, y + row * cols);
+      else
+        normalise<true>(in, r, y + row * cols);
     }
   }
 
@@ -43,11 +50,16 @@ struct Forward {
     return sum;
   }
 
+  // WithNaN: NaN may turn up.
+  template <bool WithNaN>
   FASTFT_INLINE void normalise(const T* in, float r, T* out) const {
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
       const float normalised = widen(in[j]) * r;
-      narrow((RoundFirst ? rounded<T>(normalised) : normalised) * scale[j], out[j]);
+      if (WithNaN)
+        narrow((RoundFirst ? rounded<T>(normalised) : normalised) * scale[j], out[j]);
+      else
+        narrow_number((RoundFirst ? rounded_number<T>(normalised) : normalised) * scale[j], out[j]);
     }
   }
 };
@@ -108,6 +120,7 @@ void rms_norm_forward(const void* x, int64_t x_stride, const void* residual, int
                       const void* weight, void* y, void* h, float* rstd, int64_t rows, int64_t cols, float eps,
                       float offset, DType dtype, DType weight_dtype, int threads) {
   const std::vector<float> scale = widened(weight, weight_dtype, cols, offset);
+  const bool finite_scale = std::all_of(scale.begin(), scale.end(), [](float value) { return std::isfinite(value); });
   with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const auto run = [&](auto body) { parallel_for(rows, rows * cols, threads, body); };
@@ -116,9 +129,9 @@ void rms_norm_forward(const void* x, int64_t x_stride, const void* residual, int
     T* out = static_cast<T*>(y);
     T* sum = static_cast<T*>(h);
     if (offset == 0.0f)
-      run(Forward<T, true>{in, x_stride, add, residual_stride, scale.data(), out, sum, rstd, cols, eps});
+      run(Forward<T, true>{in, x_stride, add, residual_stride, scale.data(), out, sum, rstd, cols, eps, finite_scale});
     else
-      run(Forward<T, false>{in, x_stride, add, residual_stride, scale.data(), out, sum, rstd, cols, eps});
+      run(Forward<T, false>{in, x_stride, add, residual_stride, scale.data(), out, sum, rstd, cols, eps, finite_scale});
   });
 }
 

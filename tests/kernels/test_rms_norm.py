@@ -151,16 +151,19 @@ def test_frozen_weight_costs_no_gradient(kernel, device):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, in the interpreter
+@pytest.mark.parametrize("in_weight", [1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_special_values(kernel, device, dtype):
-    """NaN and infinity stay in their row; a row of zeros gives zeros and a finite gradient."""
+def test_special_values(kernel, device, dtype, in_weight):
+    """NaN and infinity stay in their row or column; a row of zeros gives zeros and a finite gradient."""
     x, _, weight, dy, _ = inputs((5, 33), dtype, device)
-    x[1, 7], x[2, 7], x[3] = float("nan"), float("inf"), 0.0
+    x[1, 7], x[2, 7], x[3], weight[4] = float("nan"), float("inf"), 0.0, in_weight
     ours = compute(kernel, x, None, weight, dy, None, 0.0)
     plain = differentiate(x, weight, dy, None, 0.0)
     assert torch.equal(ours[0].isnan(), plain[0].isnan())
     assert torch.equal(ours[2].isfinite(), plain[1].isfinite())
-    assert torch.equal(ours[0][3], torch.zeros_like(x[3]))
+    assert torch.equal(ours[0].isinf(), plain[0].isinf())
+    finite = weight.isfinite()
+    assert torch.equal(ours[0][3][finite], torch.zeros_like(x[3][finite]))
 
 
 def test_large_values_do_not_overflow(kernel, device, no_worse):
