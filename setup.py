@@ -13,6 +13,7 @@ statically: the extension loads where there is no driver. If nvcc fails, the ext
 """
 
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -63,6 +64,7 @@ def extensions():
         sources=sorted(glob("csrc/**/*.cpp", recursive=True)),
         depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/cuda/*.cu")),
         include_dirs=[pybind11.get_include(), "csrc"],
+        define_macros=[("FASTFT_SOURCES", runpy.run_path("kernels/fastft_kernels/cpp/sources.py")["digest"]())],
         language="c++",
         extra_compile_args=COMPILE,
         extra_link_args=LINK,

@@ -89,7 +89,15 @@ void set_matrix(const std::string& name) {
 
 }  // namespace
 
+#ifndef FASTFT_SOURCES  // see kernels/fastft_kernels/cpp/sources.py
+#define FASTFT_SOURCES unknown
+#endif
+#define FASTFT_TEXT(token) #token
+#define FASTFT_TEXT_OF(macro) FASTFT_TEXT(macro)
+
 PYBIND11_MODULE(_C, module) {
+  module.attr("sources") = FASTFT_TEXT_OF(FASTFT_SOURCES);
+
   module.def("isas", supported_isas, "Names of the instruction sets this CPU can run, weakest first.");
   module.def("isa", [] { return kIsaNames[static_cast<int>(active_isa())]; }, "The instruction set in use.");
   module.def("set_isa", set_isa, "Uses a weaker instruction set from now on: for tests.");

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from fastft_kernels.cpp import extension
+from fastft_kernels.cpp import extension, sources
 
 if extension.missing:
     pytest.skip(extension.missing, allow_module_level=True)
@@ -78,3 +78,25 @@ def test_shares_torchs_openmp():
     code = "import fastft_kernels.cpp.extension; print(*{l.split()[-1] for l in open('/proc/self/maps') if 'libgomp' in l})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert len(done.stdout.split()) == 1
+
+
+def test_an_extension_of_other_sources_is_refused(monkeypatch, tmp_path):
+    assert sources.digest() == extension.C.sources
+    monkeypatch.setattr(sources, "digest", lambda: "0123456789abcdef")
+    c, missing = extension._load()
+    assert c is None and "built from other sources" in missing
+    monkeypatch.undo()
+    monkeypatch.setattr(sources, "CSRC", tmp_path / "csrc")  # a wheel has none
+    assert extension._load() == (extension.C, None)
+
+
+def test_the_hash_of_sources_tells_every_change(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "CSRC", tmp_path)
+    seen = {sources.digest()}
+    for name, text in (("a.h", "int a;"), ("a.h", "int b;"), ("cpu/a.h", "int b;"), ("b.cu", ""), ("b.cpp", "")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        seen.add(sources.digest())
+    assert len(seen) == 6
+    (tmp_path / "a.h.orig").write_text("what editors leave")
+    assert sources.digest() in seen

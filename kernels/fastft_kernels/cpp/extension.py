@@ -5,15 +5,25 @@ It is imported after torch, whose OpenMP library then serves both: there is one 
 
 import torch
 
-try:
-    from fastft_kernels import _C as C
+from fastft_kernels.cpp import sources
 
-    missing = None
-except ImportError as error:
-    C = None
-    missing = (
-        f"fastft_kernels._C cannot be imported ({error}); FASTFT_BUILD_EXT=1 pip install . builds it or says why not"
-    )
+
+def _load():
+    """(the extension, None), or (None, why there is none)."""
+    try:
+        from fastft_kernels import _C
+    except ImportError as error:
+        advice = "FASTFT_BUILD_EXT=1 pip install . builds it or says why not"
+        return None, f"fastft_kernels._C cannot be imported ({error}); {advice}"
+    if sources.digest() not in (None, getattr(_C, "sources", "")):
+        return (
+            None,
+            "fastft_kernels._C was built from other sources than csrc/ holds now; pip install -e . builds it anew",
+        )
+    return _C, None
+
+
+C, missing = _load()
 
 DTYPES = {getattr(torch, name): code for name, code in C.dtypes.items()} if C else {}
 
