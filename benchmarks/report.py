@@ -44,6 +44,23 @@ RIVALS = {
     "lora_jemalloc": {"careful": "LoRA, transformers and PEFT with SDPA, both under jemalloc"},
     "whole": {"careful": "all weights of such a Llama with 4 layers, transformers with SDPA and fused AdamW"},
 }
+LOOPS = {"mixed": "careful, with fp32 weights under autocast"}
+WORDS = {
+    "sentiment": {
+        "textbook": "pads every sentence to 128 and uses eager attention",
+        "careful": "pads to the longest of the batch, with SDPA and fused AdamW",
+        "mixed": "does so with fp32 weights under autocast",
+        "trainer": "is transformers' Trainer, else as `careful`",
+    },
+    "llama": {
+        "careful": "is transformers with SDPA and fused AdamW (and PEFT, for LoRA)",
+        "eager": "has eager attention",
+        "trainer": "is transformers' Trainer, else as `careful`",
+        "compiled": "is `careful` under torch.compile",
+        "liger": "has Liger's kernels",
+        "fastft 8-bit": "is fastft with AdamW8bit",
+    },
+}
 FLOOR = (
     "A `copy` moves as many bytes as the op must and computes nothing; `frozen` and `products` are its matrix products "
     "alone. Nothing that does the same work takes less time than its floor; what leaves work out, as the loss does with "
@@ -93,9 +110,7 @@ def _sentiment(job, machine):
     rows = [
         f"{job['job']['name']}: {job['job']['batch_size']} sentences ({job['tokens']:.0f} tokens) a step, "
         f"{len(ours['wall'])} rounds. Speed-up: the loop's time over fastft's on the same sentences; median and 95 % "
-        "interval. `textbook` pads every sentence to 128 and uses eager attention; `careful` pads to the longest of the batch, "
-        "with SDPA and fused AdamW; `mixed` does so with fp32 weights under autocast; `trainer` is transformers' Trainer as "
-        "`careful`.",
+        f"interval. {_words('sentiment', sides)}",
         "",
         "| loop | weights | positions computed | speed-up of fastft | by CPU time | mean loss |"
         + (" ms per step | sentences/s |" if absolute else ""),
@@ -125,8 +140,7 @@ def _llama(job, machine):
     absolute = machine["gpu"] is not None
     rows = [
         f"{job['job']['name']}: {job['job']['batch_size']} x {job['job']['length']} tokens a step in {job['dtype']}, "
-        f"{len(ours['wall'])} rounds. `careful` is transformers and PEFT with SDPA; `eager` has eager attention, `trainer` "
-        "is transformers' Trainer. Memory: the most that a step held above what it held before.",
+        f"{len(ours['wall'])} rounds. {_words('llama', sides)} Memory: the most that a step held above what it held before.",
         "",
         "| loop | speed-up of fastft | by CPU time | memory over fastft's | mean loss |"
         + (" tokens/s | peak MB |" if absolute else ""),
@@ -145,6 +159,11 @@ def _llama(job, machine):
     return "\n".join(rows)
 
 
+def _words(kind, sides):
+    """What the loops are that a table shows, in one sentence."""
+    return "; ".join(f"`{name}` {words}" for name, words in WORDS[kind].items() if name in sides) + "."
+
+
 def _accuracies(cases):
     rows = [
         "Accuracy on held-out sentences after one epoch, seeds 1, 2 and 3 or seed 1 alone, each loop with the same schedule.",
@@ -153,7 +172,8 @@ def _accuracies(cases):
         "|---|---|---|",
     ]
     for case in cases:
-        rows.append(f"| {case['job']} | {case['loop']} | {', '.join(f'{a:.3f}' for a in case['accuracies'])} |")
+        loop = LOOPS.get(case["loop"], case["loop"])
+        rows.append(f"| {case['job']} | {loop} | {', '.join(f'{a:.3f}' for a in case['accuracies'])} |")
     return "\n".join(rows)
 
 
@@ -327,9 +347,9 @@ def page(result, folder):
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>fastft: benchmarks of {result["date"][:10]}</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; margin: 1rem 0 }} img {{ max-width: 100%; margin: 1rem 0 }}
-th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .7rem; text-align: left }} th {{ border-color: #888 }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; margin: 1rem 0; font-size: 14px }} img {{ max-width: 100%; margin: 1rem 0 }}
+th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: left }} th {{ border-color: #888 }}
 td:not(:first-child) {{ white-space: nowrap }}
 code {{ background: #f4f4f4; padding: .1rem .3rem }} h2 {{ margin-top: 2.5rem }}
 </style>
