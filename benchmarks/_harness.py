@@ -85,7 +85,7 @@ def measure(sides, rounds, *, warmup=2, seed=0, between=None, seconds=None, cloc
 def step_limits(config):
     """(rounds, seconds) of a training step under pytest's options; None: as many seconds as it takes."""
     rounds, seconds, full = (config.getoption(option) for option in ("--rounds", "--seconds", "--full"))
-    return rounds, None if full else 10 * seconds
+    return rounds, None if full else 8 * seconds
 
 
 def work(dtype, *, moved, flops):

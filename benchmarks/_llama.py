@@ -8,7 +8,9 @@ compiled   the same under torch.compile; with --full only, for it compiles for m
 liger      the same with Liger's kernels, on GPUs, where it is installed; not run yet, for want of one
 fastft     what `fastft train` does: packed rows, patched layers, its optimizer in the DeepSpeed engine
 
-A whole model is trained by careful, by fastft, and by fastft with 8-bit AdamW.
+A whole model is trained by careful, by fastft, and by fastft with 8-bit AdamW. With its frozen weights in 4 bits (QLoRA) a
+model is trained by fastft, by fastft with the 16-bit weights that they stand for, and, where bitsandbytes is installed, by
+careful with its layers.
 
 All start from the same random weights, in the dtype that fastft chooses here. Sequences are equally long, so packing gains
 nothing: this job shows the kernels alone.
@@ -29,11 +31,13 @@ from fastft.arguments import Arguments
 from fastft.data import Collator
 from fastft.engine import backward, build_engine, choose_dtype, deepspeed_config, init_ranks
 from fastft.models import add_lora
+from fastft.quantization import dequantize_model, quantizable, quantize_model, whole_modules
 from fastft.tasks import get_task
 from fastft.train import to_device
 
 SIDES = ("eager", "careful", "trainer", "compiled", "liger", "fastft")
 WHOLE_SIDES = ("careful", "fastft 8-bit", "fastft")
+QLORA_SIDES = ("bitsandbytes", "fastft 16-bit", "fastft")
 WARMUP = 2  # rounds
 PAD = 0
 
@@ -52,6 +56,7 @@ class Job:
     length: int = 512
     lora_r: int = 16
     """0: no adapters, all weights are trained"""
+    load_in_4bit: bool = False
     lora_dropout: float = 0.0
     learning_rate: float = 2e-4
     max_grad_norm: float = 1.0
@@ -59,7 +64,8 @@ class Job:
 
     @property
     def name(self):
-        lora = f"LoRA (r = {self.lora_r}, all linear layers, dropout {self.lora_dropout:g}) on"
+        kind = "QLoRA (NF4, " if self.load_in_4bit else "LoRA ("
+        lora = f"{kind}r = {self.lora_r}, all linear layers, dropout {self.lora_dropout:g}) on"
         return (
             f"{lora if self.lora_r else 'All weights of'} a Llama of {self.num_hidden_layers} layers, {self.hidden_size} wide, "
             f"vocabulary {self.vocab_size:,}"
@@ -79,6 +85,7 @@ TOY = Job(
 )
 WHOLE = Job(lora_r=0, num_hidden_layers=4, learning_rate=2e-5)
 WHOLE_TOY = replace(TOY, lora_r=0)
+QLORA, QLORA_TOY = replace(Job(), load_in_4bit=True), replace(TOY, load_in_4bit=True)
 
 
 def run(job, rounds, seconds=None, full=False, names=None, environment=None):
@@ -89,7 +96,8 @@ def run(job, rounds, seconds=None, full=False, names=None, environment=None):
     """
     bench = Bench(job)
     check = bench.check()
-    sides = [name for name in (SIDES if job.lora_r else WHOLE_SIDES) if names is None or name in names]
+    sides = QLORA_SIDES if job.load_in_4bit else SIDES if job.lora_r else WHOLE_SIDES
+    sides = [name for name in sides if names is None or name in names]
     loops = {name: (open_loop, job, name, WARMUP + rounds) for name in sides if why_not(name, full) is None}
     return {
         "job": {"name": job.name, **asdict(job)},
@@ -105,6 +113,8 @@ def why_not(name, full):
     """Why a loop does not run here; None if it does."""
     if name == "compiled" and not full:
         return "torch.compile is measured with --full only"
+    if name == "bitsandbytes" and importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed"
     return {"trainer": _trainer.why_not, "liger": why_not_liger}.get(name, lambda: None)()
 
 
@@ -113,10 +123,12 @@ def open_loop(job, name, steps):
     bench = Bench(job)
     batches = [bench.batch(number) for number in range(steps)]
     if name.startswith("fastft"):
-        side = bench.fastft(optim="adamw_8bit" if name == "fastft 8-bit" else "adamw_torch")
+        optim = "adamw_8bit" if name == "fastft 8-bit" else "adamw_torch"
+        side = bench.fastft(optim=optim, four_bits=None if name == "fastft 16-bit" else "fastft")
     else:
         attention = "eager" if name == "eager" else "sdpa"
-        side = bench.hugging_face(attention, compiled=name == "compiled", liger=name == "liger")
+        four_bits = "bitsandbytes" if name == "bitsandbytes" else None
+        side = bench.hugging_face(attention, compiled=name == "compiled", liger=name == "liger", four_bits=four_bits)
     prepared = [side.prepare(batch) for batch in batches]
     if name == "trainer":
         return _trainer.serve_trainer(side.model, prepared, job)
@@ -128,6 +140,19 @@ def why_not_liger():
     if not torch.cuda.is_available():
         return "Liger's kernels need a GPU"
     return None if importlib.util.find_spec("liger_kernel") else "Liger is not installed"
+
+
+def _read_by_bitsandbytes(model, dtype):
+    """Turns the layers that fastft would quantise into bitsandbytes', as transformers does."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name, linear in quantizable(model, whole_modules(model)):
+        settings = {"quant_type": "nf4", "compress_statistics": True}
+        shape = {"input_features": linear.in_features, "output_features": linear.out_features, "bias": False}
+        layer = Linear4bit(**shape, compute_dtype=dtype, **settings, device="meta")  # which draws no random numbers
+        layer.weight = Params4bit(linear.weight.data, requires_grad=False, module=layer, **settings)
+        model.set_submodule(name, layer.to(linear.weight.device))
+    model.is_loaded_in_4bit = True  # what PEFT looks for
 
 
 class Bench:
@@ -159,12 +184,21 @@ class Bench:
         ids = draw.integers(1, self.job.vocab_size, (self.job.batch_size, self.job.length), dtype=np.int32)
         return [{"input_ids": row, "labels": row} for row in ids]
 
-    def model(self, attention, dtype):
-        """The same weights each time; lora_B is random too, so that all gradients are there from the first step."""
+    def model(self, attention, dtype, four_bits=None):
+        """The same weights each time; lora_B is random too, so that all gradients are there from the first step.
+
+        four_bits: whose layers hold the weights of a QLoRA job, "fastft" or "bitsandbytes"; None: 16-bit layers do.
+        """
         shape = {k: v for k, v in asdict(self.job).items() if k.startswith(("hidden", "inter", "num_", "vocab"))}
         config = AutoConfig.for_model("llama", pad_token_id=PAD, max_position_embeddings=self.job.length, **shape)
         set_seed(self.job.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        if self.job.load_in_4bit and four_bits == "bitsandbytes":
+            _read_by_bitsandbytes(model, dtype)
+        elif self.job.load_in_4bit:
+            quantize_model(model)
+            if four_bits is None:
+                dequantize_model(model, dtype)
         if self.job.lora_r:
             model = add_lora(model, self.args, self.task)
         for name, parameter in model.named_parameters():
@@ -199,9 +233,9 @@ class Bench:
 class HuggingFace:
     """A plain PyTorch loop over transformers and PEFT."""
 
-    def __init__(self, bench, attention, dtype, compiled=False, liger=False):
+    def __init__(self, bench, attention, dtype, compiled=False, liger=False, four_bits=None):
         self.bench = bench
-        self.model = bench.model(attention, dtype)
+        self.model = bench.model(attention, dtype, four_bits)
         if liger:
             from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
@@ -230,13 +264,16 @@ class HuggingFace:
 
 
 class Fastft:
-    """The inner loop of fastft/train.py, over the same functions. `roles` and `optim` are what an ablation leaves out."""
+    """The inner loop of fastft/train.py, over the same functions. `roles` and `optim` are what an ablation leaves out.
 
-    def __init__(self, bench, dtype, roles=None, optim="adamw_torch"):
+    four_bits: as of `Bench.model`.
+    """
+
+    def __init__(self, bench, dtype, roles=None, optim="adamw_torch", four_bits="fastft"):
         self.bench = bench
         init_ranks()
         args = replace(bench.args, optim=optim)
-        self.model = bench.model("sdpa", dtype)
+        self.model = bench.model("sdpa", dtype, four_bits)
         report = fastft.patch(self.model, roles=roles, verbose=False)
         packing = report.packing is None
         self.collate = Collator(SimpleNamespace(pad_token_id=PAD), self.model.config, packing=packing)

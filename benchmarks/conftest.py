@@ -24,7 +24,7 @@ def pytest_addoption(parser):
         "--seconds",
         type=float,
         default=3.0,
-        help="benchmarks: an op begins no more pairs after so many seconds, a training step after ten times as many, but for "
+        help="benchmarks: an op begins no more pairs after so many seconds, a training step after eight times as many, but for "
         "the first three (default: 3); --full measures every pair of a training step",
     )
     parser.addoption("--results", metavar="FOLDER", help="benchmarks: keep the result as <machine>-<date>.json there")

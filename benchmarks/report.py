@@ -22,6 +22,7 @@ JOBS = {
     "lora": "Fine-tuning with LoRA",
     "lora_jemalloc": "Fine-tuning with LoRA, all under jemalloc",
     "whole": "Fine-tuning all weights",
+    "qlora": "Fine-tuning with LoRA over weights in 4 bits (QLoRA)",
 }
 RIVALS = {
     "sentiment": {
@@ -42,6 +43,10 @@ RIVALS = {
         "trainer": "LoRA, transformers' Trainer with PEFT and SDPA",
     },
     "lora_jemalloc": {"careful": "LoRA, transformers and PEFT with SDPA, both under jemalloc"},
+    "qlora": {
+        "bitsandbytes": "QLoRA, transformers, PEFT and bitsandbytes, SDPA",
+        "fastft 16-bit": "QLoRA, fastft's LoRA over the same weights in 16 bits",
+    },
     "whole": {"careful": "all weights of such a Llama with 4 layers, transformers with SDPA and fused AdamW"},
 }
 LOOPS = {"mixed": "careful, with fp32 weights under autocast"}
@@ -59,6 +64,8 @@ WORDS = {
         "compiled": "is `careful` under torch.compile",
         "liger": "has Liger's kernels",
         "fastft 8-bit": "is fastft with AdamW8bit",
+        "bitsandbytes": "is transformers with SDPA, PEFT, bitsandbytes' layers and fused AdamW",
+        "fastft 16-bit": "is fastft over the same weights in 16 bits",
     },
 }
 FLOOR = (

@@ -73,6 +73,21 @@ def test_all_weights(benchmark, whole_sides, side):
     compared(benchmark, whole_sides, side)
 
 
+@pytest.fixture(scope="module")
+def qlora_sides(request, result):
+    job = _llama.QLORA_TOY if request.config.getoption("--toy") else _llama.QLORA
+    result["jobs"]["qlora"] = _llama.run(job, *step_limits(request.config))
+    return result["jobs"]["qlora"]["sides"]
+
+
+@pytest.mark.benchmark(group="qlora: a step of training", timer=replay.clock)
+@pytest.mark.parametrize("side", _llama.QLORA_SIDES)
+def test_qlora(benchmark, qlora_sides, side):
+    if side not in qlora_sides:
+        pytest.skip(_llama.why_not(side, full=False))
+    compared(benchmark, qlora_sides, side)
+
+
 @pytest.fixture(scope="module", params=["sentiment", "lora"])
 def jemalloc_sides(request, result, tmp_path_factory):
     """(job, its sides): once more under jemalloc, told to keep what is freed as fastft tells glibc."""

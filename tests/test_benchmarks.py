@@ -158,7 +158,7 @@ def test_a_loop_that_ends_is_named(benchmarks):
         alternate({"broken": (serve_steps, os.getenv)}, 3, warmup=1)  # os.getenv(0): a TypeError in the first step
 
 
-@pytest.mark.parametrize(("full", "seconds"), [(False, 20), (True, None)])
+@pytest.mark.parametrize(("full", "seconds"), [(False, 16), (True, None)])
 def test_a_full_run_takes_every_pair_of_a_step(benchmarks, full, seconds):
     from benchmarks._harness import step_limits
 
