@@ -108,7 +108,7 @@ def stepping(hidden, inner, dtype, tokens):
 @pytest.fixture(scope="module")
 def read_runs(request, compare):
     toy = request.config.getoption("--toy")
-    shape = (64, 96) if toy else (4096, 14336) if DEVICE == "cuda" else (4096, 4096)
+    shape = (64, 128) if toy else (4096, 14336) if DEVICE == "cuda" else (4096, 4096)
     return compare(reading(shape, request.param), warmup=3)
 
 
