@@ -36,7 +36,7 @@ reliability: .venv/installed-test
 bench: .venv/installed-test
 	$(BIN)/pytest benchmarks --benchmark-only $(PYTEST_ARGS)
 
-# Every number of README.md and benchmarks/README.md, of this machine: half an hour on two cores with AVX-512.
+# Every number of README.md and benchmarks/README.md, of this machine: 42 minutes on two cores with AVX-512.
 numbers: .venv/installed-test
 	$(BIN)/pytest benchmarks --benchmark-only --full --results benchmarks/results $(PYTEST_ARGS)
 	$(BIN)/python -m benchmarks.report

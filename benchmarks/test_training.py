@@ -16,7 +16,10 @@ replay = Replay()
 JEMALLOC_SIDES = ("textbook", "careful", "mixed", "fastft")
 
 
-def compared(benchmark, sides, side):
+def compared(benchmark, sides, side, why=""):
+    """Replays a loop's times; skips it where it was not measured."""
+    if side not in sides:
+        pytest.skip(why)
     benchmark.extra_info["speedup_of_fastft"] = speedup(sides[side]["wall"], sides["fastft"]["wall"])
     replay(benchmark, sides[side]["wall"])
 
@@ -39,32 +42,29 @@ def sides(request, tmp_path_factory, result):
 @pytest.mark.benchmark(group="sentiment: a step of training", timer=replay.clock)
 @pytest.mark.parametrize("side", _sentiment.SIDES)
 def test_sentiment(benchmark, sides, side):
-    if side not in sides:
-        pytest.skip(_sentiment.why_not(side))
-    compared(benchmark, sides, side)
+    compared(benchmark, sides, side, _sentiment.why_not(side))
+
+
+def llama_sides(request, result, name, job, toy):
+    is_toy, full = (request.config.getoption(option) for option in ("--toy", "--full"))
+    result["jobs"][name] = _llama.run(toy if is_toy else job, *step_limits(request.config), full)
+    return result["jobs"][name]["sides"]
 
 
 @pytest.fixture(scope="module")
 def lora_sides(request, result):
-    toy, full = (request.config.getoption(option) for option in ("--toy", "--full"))
-    job = _llama.TOY if toy else _llama.Job()
-    result["jobs"]["lora"] = _llama.run(job, *step_limits(request.config), full)
-    return result["jobs"]["lora"]["sides"]
+    return llama_sides(request, result, "lora", _llama.Job(), _llama.TOY)
 
 
 @pytest.mark.benchmark(group="lora: a step of training", timer=replay.clock)
 @pytest.mark.parametrize("side", _llama.SIDES)
 def test_lora(benchmark, lora_sides, side):
-    if side not in lora_sides:
-        pytest.skip(_llama.why_not(side, full=False))
-    compared(benchmark, lora_sides, side)
+    compared(benchmark, lora_sides, side, _llama.why_not(side, full=False))
 
 
 @pytest.fixture(scope="module")
 def whole_sides(request, result):
-    job = _llama.WHOLE_TOY if request.config.getoption("--toy") else _llama.WHOLE
-    result["jobs"]["whole"] = _llama.run(job, *step_limits(request.config))
-    return result["jobs"]["whole"]["sides"]
+    return llama_sides(request, result, "whole", _llama.WHOLE, _llama.WHOLE_TOY)
 
 
 @pytest.mark.benchmark(group="all weights: a step of training", timer=replay.clock)
@@ -75,17 +75,13 @@ def test_all_weights(benchmark, whole_sides, side):
 
 @pytest.fixture(scope="module")
 def qlora_sides(request, result):
-    job = _llama.QLORA_TOY if request.config.getoption("--toy") else _llama.QLORA
-    result["jobs"]["qlora"] = _llama.run(job, *step_limits(request.config))
-    return result["jobs"]["qlora"]["sides"]
+    return llama_sides(request, result, "qlora", _llama.QLORA, _llama.QLORA_TOY)
 
 
 @pytest.mark.benchmark(group="qlora: a step of training", timer=replay.clock)
 @pytest.mark.parametrize("side", _llama.QLORA_SIDES)
 def test_qlora(benchmark, qlora_sides, side):
-    if side not in qlora_sides:
-        pytest.skip(_llama.why_not(side, full=False))
-    compared(benchmark, qlora_sides, side)
+    compared(benchmark, qlora_sides, side, _llama.why_not(side, full=False))
 
 
 @pytest.fixture(scope="module", params=["sentiment", "lora"])
@@ -111,7 +107,5 @@ def jemalloc_sides(request, result, tmp_path_factory):
 @pytest.mark.benchmark(timer=replay.clock)
 def test_jemalloc(benchmark, jemalloc_sides, side):
     kind, sides = jemalloc_sides
-    if side not in sides:
-        pytest.skip(f"the {kind} job has no loop {side}")
     benchmark.group = f"{kind} under jemalloc: a step of training"
-    compared(benchmark, sides, side)
+    compared(benchmark, sides, side, f"the {kind} job has no loop {side}")

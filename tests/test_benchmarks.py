@@ -142,10 +142,8 @@ def test_measure_begins_no_round_when_its_time_is_over(benchmarks):
 def test_loops_take_turns_in_processes_of_their_own(benchmarks):
     from benchmarks._processes import alternate, serve_steps
 
-    ask = (
-        serve_steps,
-        functools.partial(os.getenv, "FASTFT_TEST_LOOP"),
-    )  # a step returns the round's number if it is not set
+    # a step asks for a variable, and would return the round's number if it were not set
+    ask = (serve_steps, functools.partial(os.getenv, "FASTFT_TEST_LOOP"))
     runs = alternate({"a": ask, "b": ask}, 3, warmup=1, environment={"FASTFT_TEST_LOOP": "set"})
     assert all(run["values"] == ["set"] * 3 and len(run["wall"]) == len(run["cpu"]) == 3 for run in runs.values())
     assert "FASTFT_TEST_LOOP" not in os.environ
